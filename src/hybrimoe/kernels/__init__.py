@@ -1,0 +1,1 @@
+"""Compute experts: numba SIMD on the CPU. Arrays in, arrays out."""

@@ -1,0 +1,1 @@
+"""Carry a plan out: memory, devices, streams and the transformers seam."""
