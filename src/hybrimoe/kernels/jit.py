@@ -1,0 +1,86 @@
+"""How every kernel is compiled, and a disk cache that survives damage.
+
+numba's cache is a folder of pickles: a truncated file raises on the first call instead of being
+compiled again, and a planted one runs code. `GuardedCache` recompiles in the first case and stays
+away from folders that others may write to in the second.
+"""
+
+import functools
+import os
+import pickle
+import stat
+import warnings
+from pathlib import Path
+
+import numba
+from numba.core.caching import FunctionCache, NullCache
+
+FASTMATH = {"nsz", "arcp", "contract", "afn", "reassoc"}
+"""No nnan and no ninf: a broken model must show its NaN."""
+
+_OPTIONS = {"fastmath": FASTMATH, "nogil": True, "error_model": "numpy", "_nrt": False}
+INLINED = {"fastmath": FASTMATH, "forceinline": True, "_nrt": False}
+"""Options of the overloads that make up an inner loop."""
+
+
+def inner(function):
+    """Compile a function that only kernels call: it becomes part of their cached code."""
+    return numba.njit(**_OPTIONS, no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
+
+
+def inlined(function):
+    """An `inner` function that must melt into its caller, because a call costs as much as its work."""
+    return numba.njit(**_OPTIONS, forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
+
+
+def kernel(function):
+    """Compile an entry point: machine code without the GIL, cached on disk."""
+    dispatcher = numba.njit(**_OPTIONS)(function)
+    dispatcher._cache = _cache_for(function)
+    return dispatcher
+
+
+def _cache_for(function):
+    try:
+        cache = GuardedCache(function)
+    except RuntimeError:  # numba found no folder it may write to
+        return NullCache()
+    problem = folder_problem(cache.cache_path)
+    if problem:
+        warnings.warn(f"compiled kernels are not cached: {problem}", RuntimeWarning, stacklevel=3)
+        return NullCache()
+    return cache
+
+
+def folder_problem(path):
+    """Why a folder of executable pickles cannot be trusted, or None."""
+    if not os.path.isdir(path) or not hasattr(os, "geteuid"):
+        return None
+    status = os.stat(path)
+    if status.st_uid != os.geteuid():
+        return f"{path} belongs to another user"
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"{path} can be written by others"
+    return None
+
+
+class GuardedCache(FunctionCache):
+    """numba's cache, keyed on all kernel sources, that recompiles what it cannot read."""
+
+    def __init__(self, function):
+        super().__init__(function)
+        self._cache_file._source_stamp = _sources_stamp()
+
+    def load_overload(self, sig, target_context):
+        try:
+            return super().load_overload(sig, target_context)
+        except (pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, IndexError):
+            self.flush()
+            return None
+
+
+@functools.cache
+def _sources_stamp():
+    # An inlined function lives in another file than its caller; numba watches only the caller's.
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return tuple((f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in files)

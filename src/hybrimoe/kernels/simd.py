@@ -1,0 +1,528 @@
+"""LLVM vectors for numba: 16 output rows wide, a few tokens deep.
+
+A weight block holds 16 output rows interleaved, so one SIMD lane is one output row and no sum ever
+crosses lanes. A *tile* is the running sum of those 16 rows for `n` tokens at once: every weight that
+is unpacked serves `n` tokens. LLVM splits the 512-bit vectors where the machine is narrower; only
+the int8 dot product needs an instruction per instruction set.
+"""
+
+import os
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.imputils import lower_constant
+from numba.extending import NativeValue, intrinsic, models, register_model, unbox
+
+I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+F16, F32 = ir.HalfType(), ir.FloatType()
+LANES = 16
+
+ISAS = ("avx512vnni", "avx2", "neon", "portable")
+
+
+class TagType(types.Type):
+    """The type of a compile-time constant: kernels are specialised and cached per tag."""
+
+    def __init__(self, kind, value):
+        self.kind, self.value = kind, value
+        super().__init__(name=f"Tag({kind}={value})")
+
+
+class Tag:
+    """A value the compiler sees as a type, e.g. `Tag("isa", "avx2")` or `Tag("tokens", 4)`."""
+
+    def __init__(self, kind, value):
+        self.value = value
+        self._numba_type_ = TagType(kind, value)
+
+    def __repr__(self):
+        return f"Tag({self._numba_type_.kind}={self.value})"
+
+
+register_model(TagType)(models.OpaqueModel)
+
+
+@unbox(TagType)
+def _unbox_tag(typ, obj, c):
+    return NativeValue(c.context.get_dummy_value())
+
+
+@lower_constant(TagType)
+def _constant_tag(context, builder, typ, value):
+    return context.get_dummy_value()
+
+
+class VectorType(types.Type):
+    """One LLVM vector, or for a tile one vector per token."""
+
+    def __init__(self, name, element, count, tokens=0):
+        vector = ir.VectorType(element, count)
+        self.tokens = tokens
+        self.llvm = ir.ArrayType(vector, tokens) if tokens else vector
+        super().__init__(name=name)
+
+
+class RowsType(types.Type):
+    """A pointer to the activations of each token of a tile."""
+
+    def __init__(self, tokens):
+        self.tokens = tokens
+        super().__init__(name=f"rows{tokens}")
+
+
+@register_model(VectorType)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, manager, typ):
+        super().__init__(manager, typ, typ.llvm)
+
+
+@register_model(RowsType)
+class _RowsModel(models.PrimitiveModel):
+    def __init__(self, manager, typ):
+        super().__init__(manager, typ, ir.ArrayType(I8.as_pointer(), typ.tokens))
+
+
+BYTES = VectorType("bytes64", I8, 64)
+INTS = VectorType("ints16", I32, LANES)
+FLOATS = VectorType("floats16", F32, LANES)
+
+
+def int_tile(tokens):
+    return VectorType(f"int_tile{tokens}", I32, LANES, tokens)
+
+
+def float_tile(tokens):
+    return VectorType(f"float_tile{tokens}", F32, LANES, tokens)
+
+
+def detect_isa():
+    """The fastest instruction set of this machine, or the one named by HYBRIMOE_ISA."""
+    wanted = os.environ.get("HYBRIMOE_ISA")
+    if wanted is not None and wanted not in ISAS:
+        raise ValueError(f"HYBRIMOE_ISA must be one of {', '.join(ISAS)}, got {wanted!r}")
+    return wanted or next(isa for isa in ISAS if runs_here(isa))
+
+
+def runs_here(isa):
+    """Whether this machine has the instructions of `isa`."""
+    features = llvm.get_host_cpu_features()
+    needed = {
+        "avx512vnni": ("avx512f", "avx512bw", "avx512vnni"),
+        "avx2": ("avx2", "fma", "f16c"),
+        "neon": ("neon", "dotprod"),
+        "portable": (),
+    }
+    return all(features.get(name, False) for name in needed[isa])
+
+
+def _address(context, builder, array_type, array, offset):
+    """Pointer to byte `offset` of a C-contiguous array."""
+    base = context.make_array(array_type)(context, builder, array).data
+    return builder.gep(builder.bitcast(base, I8.as_pointer()), [offset], source_etype=I8)
+
+
+def _load(builder, pointer, typ, align=1):
+    return builder.load(builder.bitcast(pointer, typ.as_pointer()), align=align, typ=typ)
+
+
+def _load_at(builder, pointer, offset, typ, align=4):
+    return _load(builder, builder.gep(pointer, [offset], source_etype=I8), typ, align)
+
+
+def _store(builder, value, pointer, align=4):
+    builder.store(value, builder.bitcast(pointer, value.type.as_pointer()), align=align)
+
+
+def _splat(builder, value, count=LANES):
+    vector = ir.VectorType(value.type, count)
+    one = builder.insert_element(ir.Constant(vector, ir.Undefined), value, I32(0))
+    zeros = ir.Constant(ir.VectorType(I32, count), [0] * count)
+    return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), zeros)
+
+
+def _call(builder, name, result, args):
+    function_type = ir.FunctionType(result, [arg.type for arg in args])
+    return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), args)
+
+
+def _fma(builder, a, b, c):
+    return _call(builder, "llvm.fma.v16f32", a.type, [a, b, c])
+
+
+def _lanes(builder, vector, start, count):
+    mask = ir.Constant(ir.VectorType(I32, count), list(range(start, start + count)))
+    return builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), mask)
+
+
+def _join(builder, parts):
+    while len(parts) > 1:
+        size = 2 * parts[0].type.count
+        mask = ir.Constant(ir.VectorType(I32, size), list(range(size)))
+        pairs = zip(parts[::2], parts[1::2])
+        parts = [builder.shuffle_vector(a, b, mask) for a, b in pairs]
+    return parts[0]
+
+
+# Dot products of 64 weight bytes (4 per lane) with one quad of int8 activations. `nibbles` says that the
+# bytes are 0..15; otherwise they are signed and lie in [-127, 127], as do the activations.
+
+
+def _dot_avx512vnni(builder, total, weights, quad, nibbles):
+    """vpdpbusd wants unsigned weights: signed ones are biased by 128, which `start_bytes` takes back."""
+    if not nibbles:
+        weights = builder.xor(weights, ir.Constant(BYTES.llvm, [-128] * 64))
+    args = [total, builder.bitcast(weights, INTS.llvm), _splat(builder, quad)]
+    return _call(builder, "llvm.x86.avx512.vpdpbusd.512", INTS.llvm, args)
+
+
+def _dot_avx2(builder, total, weights, quad, nibbles):
+    """pmaddubsw saturates at 2^15, so the sign of signed weights moves: |x| * (sign(x) * w)."""
+    bytes32, shorts, ints = ir.VectorType(I8, 32), ir.VectorType(I16, 16), ir.VectorType(I32, 8)
+    x = builder.bitcast(_splat(builder, quad, 8), bytes32)
+    magnitude = _call(builder, "llvm.abs.v32i8", bytes32, [x, ir.IntType(1)(0)])
+    ones, sums = ir.Constant(shorts, [1] * 16), []
+    for half in (0, 32):
+        unsigned, signed = _lanes(builder, weights, half, 32), x
+        if not nibbles:
+            signed = _call(builder, "llvm.x86.avx2.psign.b", bytes32, [unsigned, x])
+            unsigned = magnitude
+        pairs = _call(builder, "llvm.x86.avx2.pmadd.ub.sw", shorts, [unsigned, signed])
+        sums.append(_call(builder, "llvm.x86.avx2.pmadd.wd", ints, [pairs, ones]))
+    return builder.add(total, _join(builder, sums))
+
+
+def _dot_neon(builder, total, weights, quad, nibbles):
+    bytes16, ints4 = ir.VectorType(I8, 16), ir.VectorType(I32, 4)
+    x = builder.bitcast(_splat(builder, quad, 4), bytes16)
+    name = "llvm.aarch64.neon.sdot.v4i32.v16i8"
+    sums = [
+        _call(
+            builder,
+            name,
+            ints4,
+            [_lanes(builder, total, 4 * q, 4), _lanes(builder, weights, 16 * q, 16), x],
+        )
+        for q in range(4)
+    ]
+    return _join(builder, sums)
+
+
+def _dot_portable(builder, total, weights, quad, nibbles):
+    words, shift24 = builder.bitcast(weights, INTS.llvm), ir.Constant(INTS.llvm, [24] * LANES)
+    for byte in range(4):
+        up = I32(24 - 8 * byte)
+        x = builder.ashr(builder.shl(quad, up), I32(24))
+        w = builder.ashr(builder.shl(words, _splat(builder, up)), shift24)
+        total = builder.add(total, builder.mul(w, _splat(builder, x)))
+    return total
+
+
+_DOTS = {
+    "avx512vnni": _dot_avx512vnni,
+    "avx2": _dot_avx2,
+    "neon": _dot_neon,
+    "portable": _dot_portable,
+}
+
+
+def _dot(isa, total, rows, offset, tokens, multiply):
+    """Signature and code of one dot product per token of a tile."""
+
+    def codegen(context, builder, sig, args):
+        result, weights, pointers, at = args[1], args[2], args[3], args[4]
+        for t in range(tokens):
+            quad = _load_at(builder, builder.extract_value(pointers, t), at, I32)
+            part = builder.extract_value(result, t)
+            result = builder.insert_value(result, multiply(builder, part, weights, quad), t)
+        return result
+
+    return total(isa, total, BYTES, rows, offset), codegen
+
+
+@intrinsic
+def dot_nibbles(typing, isa, total, weights, rows, offset):
+    """total[t] += 64 bytes of 0..15, four per lane, times the four int8 at rows[t] + offset."""
+    multiply = _DOTS[isa.value]
+    return _dot(isa, total, rows, offset, total.tokens, lambda *a: multiply(*a, True))
+
+
+@intrinsic
+def dot_bytes(typing, isa, total, weights, rows, offset):
+    """total[t] += 64 signed bytes, four per lane, times the four int8 at rows[t] + offset."""
+    multiply = _DOTS[isa.value]
+    return _dot(isa, total, rows, offset, total.tokens, lambda *a: multiply(*a, False))
+
+
+@intrinsic
+def start_nibbles(typing, isa, rows, offset):
+    """int_tile holding the int32 at rows[t] + offset: minus 8 times the sum of the activations."""
+    tile = int_tile(rows.tokens)
+
+    def codegen(context, builder, sig, args):
+        result = ir.Constant(tile.llvm, ir.Undefined)
+        for t in range(rows.tokens):
+            start = _load_at(builder, builder.extract_value(args[1], t), args[2], I32)
+            result = builder.insert_value(result, _splat(builder, start), t)
+        return result
+
+    return tile(isa, rows, offset), codegen
+
+
+@intrinsic
+def start_bytes(typing, isa, rows, offset):
+    """int_tile that undoes the bias of `dot_bytes`; the int32 at rows[t] + offset is -8 * sum(x)."""
+    tile, biased = int_tile(rows.tokens), isa.value == "avx512vnni"
+
+    def codegen(context, builder, sig, args):
+        result = ir.Constant(tile.llvm, None)
+        for t in range(rows.tokens if biased else 0):
+            start = _load_at(builder, builder.extract_value(args[1], t), args[2], I32)
+            times16 = builder.shl(_splat(builder, start), ir.Constant(INTS.llvm, [4] * LANES))
+            result = builder.insert_value(result, times16, t)
+        return result
+
+    return tile(isa, rows, offset), codegen
+
+
+@intrinsic
+def splat_tile(typing, tokens, floats):
+    """float_tile that starts every token at the same 16 floats."""
+    tile = float_tile(tokens.value)
+
+    def codegen(context, builder, sig, args):
+        result = ir.Constant(tile.llvm, ir.Undefined)
+        for t in range(tokens.value):
+            result = builder.insert_value(result, args[1], t)
+        return result
+
+    return tile(tokens, floats), codegen
+
+
+@intrinsic
+def zeros_like(typing, tile):
+    """A tile of zeros, as deep as another."""
+    return tile(tile), lambda context, builder, sig, args: ir.Constant(tile.llvm, None)
+
+
+@intrinsic
+def no_floats(typing):
+    """16 zeros."""
+    return FLOATS(), lambda context, builder, sig, args: ir.Constant(FLOATS.llvm, None)
+
+
+@intrinsic
+def following_rows(typing, tokens, array, first, stride):
+    """Pointers to rows first, first + 1, ... of `array`, whose rows are `stride` bytes long."""
+    rows = RowsType(tokens.value)
+
+    def codegen(context, builder, sig, args):
+        result = ir.Constant(ir.ArrayType(I8.as_pointer(), tokens.value), ir.Undefined)
+        for t in range(tokens.value):
+            at = builder.mul(builder.add(args[2], I64(t)), args[3])
+            pointer = _address(context, builder, array, args[1], at)
+            result = builder.insert_value(result, pointer, t)
+        return result
+
+    return rows(tokens, array, types.intp, types.intp), codegen
+
+
+@intrinsic
+def token_rows(typing, tokens, array, index, first, stride):
+    """Pointers to rows index[first + t] of `array`, whose rows are `stride` bytes long."""
+    rows = RowsType(tokens.value)
+
+    def codegen(context, builder, sig, args):
+        result = ir.Constant(ir.ArrayType(I8.as_pointer(), tokens.value), ir.Undefined)
+        for t in range(tokens.value):
+            at = builder.mul(builder.add(args[3], I64(t)), I64(4))
+            place = _address(context, builder, index, args[2], at)
+            row = builder.sext(_load(builder, place, I32, 4), I64)
+            pointer = _address(context, builder, array, args[1], builder.mul(row, args[4]))
+            result = builder.insert_value(result, pointer, t)
+        return result
+
+    return rows(tokens, array, index, types.intp, types.intp), codegen
+
+
+@intrinsic
+def load_bytes(typing, array, offset):
+    """64 bytes at byte `offset` of a uint8 array."""
+
+    def codegen(context, builder, sig, args):
+        return _load(builder, _address(context, builder, array, *args), BYTES.llvm)
+
+    return BYTES(array, types.intp), codegen
+
+
+def _load_floats(array, widen):
+    def codegen(context, builder, sig, args):
+        return widen(builder, _address(context, builder, array, *args))
+
+    return FLOATS(array, types.intp), codegen
+
+
+@intrinsic
+def load_f16(typing, array, offset):
+    """16 float16 at byte `offset` of a uint8 array, as float32."""
+    halves = ir.VectorType(F16, LANES)
+    return _load_floats(array, lambda b, p: b.fpext(_load(b, p, halves), FLOATS.llvm))
+
+
+@intrinsic
+def load_f32(typing, array, offset):
+    """16 float32 at byte `offset` of a uint8 array."""
+    return _load_floats(array, lambda b, p: _load(b, p, FLOATS.llvm))
+
+
+@intrinsic
+def load_bf16_even(typing, array, offset):
+    """The even elements of 32 bfloat16 at byte `offset`, as float32."""
+
+    def widen(builder, pointer):
+        words = _load(builder, pointer, INTS.llvm)
+        shifted = builder.shl(words, ir.Constant(INTS.llvm, [16] * LANES))
+        return builder.bitcast(shifted, FLOATS.llvm)
+
+    return _load_floats(array, widen)
+
+
+@intrinsic
+def load_bf16_odd(typing, array, offset):
+    """The odd elements of 32 bfloat16 at byte `offset`, as float32."""
+
+    def widen(builder, pointer):
+        words = _load(builder, pointer, INTS.llvm)
+        masked = builder.and_(words, ir.Constant(INTS.llvm, [-65536] * LANES))
+        return builder.bitcast(masked, FLOATS.llvm)
+
+    return _load_floats(array, widen)
+
+
+@intrinsic
+def low_nibbles(typing, packed):
+    """The lower four bits of each byte."""
+
+    def codegen(context, builder, sig, args):
+        return builder.and_(args[0], ir.Constant(BYTES.llvm, [15] * 64))
+
+    return BYTES(packed), codegen
+
+
+@intrinsic
+def high_nibbles(typing, packed):
+    """The upper four bits of each byte. Shifts 16-bit words: there is no byte shift on x86."""
+
+    def codegen(context, builder, sig, args):
+        words = ir.VectorType(I16, 32)
+        shifted = builder.lshr(builder.bitcast(args[0], words), ir.Constant(words, [4] * 32))
+        return builder.and_(builder.bitcast(shifted, BYTES.llvm), ir.Constant(BYTES.llvm, [15] * 64))
+
+    return BYTES(packed), codegen
+
+
+@intrinsic
+def add_scaled(typing, total, ints, scale, rows, offset):
+    """total[t] += ints[t] * scale * (the float32 at rows[t] + offset)."""
+
+    def codegen(context, builder, sig, args):
+        result, ints, scale, pointers, at = args
+        for t in range(total.tokens):
+            x = _load_at(builder, builder.extract_value(pointers, t), at, F32)
+            value = builder.sitofp(builder.extract_value(ints, t), FLOATS.llvm)
+            factor = builder.fmul(scale, _splat(builder, x))
+            part = _fma(builder, value, factor, builder.extract_value(result, t))
+            result = builder.insert_value(result, part, t)
+        return result
+
+    return total(total, ints, FLOATS, rows, types.intp), codegen
+
+
+@intrinsic
+def add_product(typing, total, weights, rows, offset):
+    """total[t] += weights * (the float32 at rows[t] + offset)."""
+
+    def codegen(context, builder, sig, args):
+        result, weights, pointers, at = args
+        for t in range(total.tokens):
+            x = _load_at(builder, builder.extract_value(pointers, t), at, F32)
+            part = _fma(builder, weights, _splat(builder, x), builder.extract_value(result, t))
+            result = builder.insert_value(result, part, t)
+        return result
+
+    return total(total, FLOATS, rows, types.intp), codegen
+
+
+@intrinsic
+def add_tiles(typing, a, b):
+    """a + b."""
+
+    def codegen(context, builder, sig, args):
+        result = args[0]
+        for t in range(a.tokens):
+            parts = builder.extract_value(args[0], t), builder.extract_value(args[1], t)
+            result = builder.insert_value(result, builder.fadd(*parts), t)
+        return result
+
+    return a(a, b), codegen
+
+
+@intrinsic
+def store_tile(typing, tile, array, offset, stride):
+    """Write token t of a tile to 16 float32 at byte `offset + t * stride` of `array`."""
+
+    def codegen(context, builder, sig, args):
+        for t in range(tile.tokens):
+            at = builder.add(args[2], builder.mul(args[3], I64(t)))
+            place = _address(context, builder, array, args[1], at)
+            _store(builder, builder.extract_value(args[0], t), place)
+        return context.get_dummy_value()
+
+    return types.void(tile, array, types.intp, types.intp), codegen
+
+
+@intrinsic
+def add_weighted(typing, tile, rows, offset, weights, first):
+    """16 float32 at rows[t] + offset += tile[t] * weights[first + t]."""
+
+    def codegen(context, builder, sig, args):
+        for t in range(tile.tokens):
+            pointer = builder.extract_value(args[1], t)
+            old = _load_at(builder, pointer, args[2], FLOATS.llvm)
+            at = builder.mul(builder.add(args[4], I64(t)), I64(4))
+            weight = _load(builder, _address(context, builder, weights, args[3], at), F32, 4)
+            new = _fma(builder, builder.extract_value(args[0], t), _splat(builder, weight), old)
+            _store(builder, new, builder.gep(pointer, [args[2]], source_etype=I8))
+        return context.get_dummy_value()
+
+    return types.void(tile, rows, types.intp, weights, types.intp), codegen
+
+
+@intrinsic
+def bits_to_float(typing, bits):
+    """The float32 whose bits are an int32."""
+    return types.float32(types.int32), lambda context, builder, sig, args: builder.bitcast(
+        args[0], F32
+    )
+
+
+@intrinsic
+def float_to_bits(typing, value):
+    """The bits of a float32 as int32."""
+    return types.int32(types.float32), lambda context, builder, sig, args: builder.bitcast(
+        args[0], I32
+    )
+
+
+@intrinsic
+def take(typing, counters, which):
+    """Atomically return counters[which] and add one: the next tile for whichever thread is free."""
+
+    def codegen(context, builder, sig, args):
+        at = builder.mul(args[1], I64(8))
+        place = _address(context, builder, counters, args[0], at)
+        place = builder.bitcast(place, I64.as_pointer())
+        return builder.atomic_rmw("add", place, I64(1), "monotonic")
+
+    return types.int64(counters, types.intp), codegen
