@@ -11,7 +11,11 @@ SILU, GELU, GELU_TANH, RELU, RELU2, SOFTCAP = range(6)
 NAMES = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "softcap")
 
 _LOWEST = np.float32(-87.9)  # where the power of two below becomes zero
-_LOG2E, _LN2_HIGH, _LN2_LOW = np.float32(1.44269504), np.float32(0.693359375), np.float32(-2.12194440e-4)
+_LOG2E, _LN2_HIGH, _LN2_LOW = (
+    np.float32(1.44269504),
+    np.float32(0.693359375),
+    np.float32(-2.12194440e-4),
+)
 _HALF, _ONE, _TWO = np.float32(0.5), np.float32(1), np.float32(2)
 
 

@@ -133,7 +133,9 @@ def gate_up_worker(isa, fmt, layout, strides, gate, blobs, shards, active, scrat
         e, s = scratch.active[tile // groups // layout.shards], tile // groups % layout.shards
         if shards[e, 0] <= s < shards[e, 1]:
             at = e * layout.expert_bytes + s * layout.shard_bytes
-            gate_up_tile(isa, fmt, layout, strides, gate, blobs, at, e, s, tile % groups, block, scratch)
+            gate_up_tile(
+                isa, fmt, layout, strides, gate, blobs, at, e, s, tile % groups, block, scratch
+            )
         tile = take(scratch.counters, 2)
 
 

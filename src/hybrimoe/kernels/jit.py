@@ -30,7 +30,9 @@ def inner(function):
 
 def inlined(function):
     """An `inner` function that must melt into its caller, because a call costs as much as its work."""
-    return numba.njit(**_OPTIONS, forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
+    return numba.njit(**_OPTIONS, forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)(
+        function
+    )
 
 
 def kernel(function):

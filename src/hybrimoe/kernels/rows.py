@@ -33,6 +33,7 @@ FORMATS = {name: Tag("format", name) for name in ("int4", "int8", "bfloat16", "f
 ACTIVATION_GROUP = 40
 """Bytes of 32 quantized activations: 32 int8, their scale, minus 8 times their sum."""
 
+
 def activation_bytes(fmt: str, columns: int) -> int:
     """Bytes of one row of `columns` activations as `rows` wants them."""
     return columns // 32 * ACTIVATION_GROUP if fmt in ("int4", "int8") else columns * 4

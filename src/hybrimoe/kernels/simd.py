@@ -417,7 +417,9 @@ def high_nibbles(typing, packed):
     def codegen(context, builder, sig, args):
         words = ir.VectorType(I16, 32)
         shifted = builder.lshr(builder.bitcast(args[0], words), ir.Constant(words, [4] * 32))
-        return builder.and_(builder.bitcast(shifted, BYTES.llvm), ir.Constant(BYTES.llvm, [15] * 64))
+        return builder.and_(
+            builder.bitcast(shifted, BYTES.llvm), ir.Constant(BYTES.llvm, [15] * 64)
+        )
 
     return BYTES(packed), codegen
 

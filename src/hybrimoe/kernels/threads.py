@@ -60,7 +60,10 @@ class Launch:
             )
         address = ctypes.cast(function, ctypes.c_void_p).value if function else 0
         # Never called when 0: `threads` then answers 1, and one thread needs no team.
-        llvm.add_symbol(_SYMBOL, address or ctypes.cast(ctypes.pythonapi.Py_IsInitialized, ctypes.c_void_p).value)
+        llvm.add_symbol(
+            _SYMBOL,
+            address or ctypes.cast(ctypes.pythonapi.Py_IsInitialized, ctypes.c_void_p).value,
+        )
         return bool(function)
 
 

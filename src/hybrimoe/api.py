@@ -1,0 +1,196 @@
+"""wrap, unwrap, verify: the three verbs, and the `Runtime` that a wrapped model carries."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from hybrimoe.config import Config
+from hybrimoe.errors import ConfigError, UnsupportedModelError, WrappedModelError
+from hybrimoe.kernels.threads import usable_cores
+from hybrimoe.report import Report
+from hybrimoe.runtime import formats
+from hybrimoe.runtime.adapters import FoundExperts, find_experts
+from hybrimoe.runtime.experts import PooledExperts, refuse_move
+from hybrimoe.runtime.pool import ExpertPool
+from hybrimoe.runtime.stats import Stats
+from hybrimoe.verification import Verification, verify_layers
+
+logger = logging.getLogger("hybrimoe")
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class Runtime:
+    """What `model.hybrimoe` is: the configuration, the pool and the counters of a wrapped model."""
+
+    def __init__(self, config: Config, model: nn.Module) -> None:
+        self.config = config
+        self.pool = ExpertPool()
+        self.layers: list[PooledExperts] = []
+        self._counters = Stats()
+        self.threads = config.threads or min(torch.get_num_threads(), usable_cores())
+        self._hooks = [
+            model.register_forward_pre_hook(self._counters.enter, with_kwargs=True),
+            model.register_forward_hook(self._counters.leave, with_kwargs=True),
+        ]
+
+    def report(self) -> Report:
+        """What happened since the last reset, and where the time went."""
+        return Report.of(self.config, self.layers, self._counters, self.pool.nbytes, self.threads)
+
+    def stats(self) -> dict[str, Any]:
+        """The report's numbers as a plain dict."""
+        return self.report().to_dict()
+
+    def reset_stats(self) -> None:
+        """Start counting anew."""
+        self._counters.reset()
+
+    def detach(self) -> None:
+        """Remove the hooks from the model."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def __repr__(self) -> str:
+        size = self.pool.nbytes / 2**20
+        return f"<hybrimoe.Runtime: {len(self.layers)} layers, {size:.1f} MiB of experts>"
+
+    def __deepcopy__(self, memo: Any) -> NoReturn:
+        raise WrappedModelError(
+            "a wrapped model cannot be copied: its experts live once, in the pool; "
+            "call hybrimoe.unwrap(model) first"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise WrappedModelError(
+            "a wrapped model cannot be pickled; use model.save_pretrained, or hybrimoe.unwrap first"
+        )
+
+
+def wrap(model: Model, config: Config | None = None, **overrides: Any) -> Model:
+    """Replace the routed experts of a transformers model by pooled ones, in place.
+
+    Returns the same model; `model.hybrimoe` is its `Runtime`. `overrides` are fields of `Config`.
+    Needs the memory of one layer on top of the model, and gives back each layer as it goes. Wrapping
+    twice changes nothing and warns if the configuration differs. Raises UnsupportedModelError,
+    ConfigError or FormatError before the model is touched.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if config is not None and not isinstance(config, Config):
+        raise ConfigError(f"config must be a hybrimoe.Config, got {config!r}")
+    config = (config or Config()).replace(**overrides)
+    if hasattr(model, "hybrimoe"):
+        return _already_wrapped(model, config)
+    found = find_experts(model)
+    _check(found, config)
+    runtime = Runtime(config, model)
+    try:
+        for experts in found:
+            # fmt: off
+            layer = PooledExperts(experts, config.weights, runtime.pool, runtime.threads,
+                                  runtime._counters)
+            # fmt: on
+            runtime.layers.append(layer)
+            layer.install()
+    except BaseException:
+        _roll_back(runtime)
+        raise
+    model.hybrimoe = runtime  # type: ignore[assignment]
+    model.__dict__["_apply"] = _guarded_apply(model)
+    logger.info("wrapped %s: %s", type(model).__name__, runtime)
+    return model
+
+
+def unwrap(model: Model) -> Model:
+    """Put the original experts back, in place, and return the model.
+
+    The modules are the same objects as before `wrap`. Weights are bit-equal where the format is
+    lossless ("native"); for "int8" and "int4" they are the dequantized ones, and a warning says so.
+    A model that is not wrapped is returned as it is.
+    """
+    runtime = getattr(model, "hybrimoe", None)
+    if runtime is None:
+        return model
+    del model.__dict__["_apply"]
+    runtime.detach()
+    for layer in runtime.layers:
+        layer.restore()
+    del model.hybrimoe
+    if runtime.config.weights != "native":
+        warnings.warn(
+            f"the experts were stored as {runtime.config.weights}: the restored weights are the "
+            "dequantized ones, not the checkpoint's",
+            stacklevel=2,
+        )
+    return model
+
+
+def verify(model: nn.Module, input_ids: Tensor | None = None) -> Verification:
+    """Compare every wrapped layer with the reference arithmetic on real hidden states.
+
+    input_ids: [B, T] tokens to run; None takes 32 pseudo-random ones. The reference is the original
+    module's own forward in float32 on the weights as they are stored. Prints nothing; the result's
+    text shows the worst layer.
+    """
+    runtime = getattr(model, "hybrimoe", None)
+    if runtime is None:
+        raise WrappedModelError("verify needs a wrapped model; call hybrimoe.wrap(model) first")
+    if input_ids is None:
+        vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        generator = torch.Generator().manual_seed(0)
+        input_ids = torch.randint(vocabulary, (1, 32), generator=generator)
+    return verify_layers(model, runtime.layers, input_ids)
+
+
+def _already_wrapped(model: Model, config: Config) -> Model:
+    current = model.hybrimoe.config  # type: ignore[union-attr]
+    if current != config:
+        warnings.warn(
+            f"the model is already wrapped with {current}; unwrap it first to use {config}",
+            stacklevel=3,
+        )
+    return model
+
+
+def _check(found: list[FoundExperts], config: Config) -> None:
+    """Everything that can be known to fail, before anything is touched."""
+    for experts in found:
+        for tensor in experts.module.parameters():
+            if tensor.device.type != "cpu":
+                raise UnsupportedModelError(
+                    f"{experts.name} must be on the CPU to be wrapped, it is on {tensor.device}"
+                )
+        described = experts.describe(experts.module)
+        fmt = formats.format_of(config.weights, described.up.dtype)
+        biases = [b for b in (described.up_bias, described.down_bias) if b is not None]
+        formats.check_range(experts.name, fmt, [described.up, described.down, *biases])
+
+
+def _roll_back(runtime: Runtime) -> None:
+    runtime.detach()
+    for layer in runtime.layers:
+        layer.restore()
+    if runtime.layers and runtime.config.weights != "native":
+        warnings.warn(
+            f"wrap failed after {len(runtime.layers)} layers had been stored as "
+            f"{runtime.config.weights}; these hold dequantized weights now: reload the model",
+            stacklevel=3,
+        )
+
+
+def _guarded_apply(model: nn.Module) -> Callable[..., nn.Module]:
+    """`model._apply` that refuses a move before any part of the model has moved."""
+    dtypes = {layer.dtype for layer in model.hybrimoe.layers}  # type: ignore[union-attr]
+
+    def apply(fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        for dtype in dtypes:
+            refuse_move(fn, dtype)
+        return type(model)._apply(model, fn, recurse)
+
+    return apply

@@ -1,0 +1,259 @@
+"""Which experts are on the GPU: the one slot table, and who may take which slot.
+
+`Cache` owns every array: the table, what is in use, and the books that its `Ranking` reads to say
+what each expert is worth.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from hybrimoe.errors import ConfigError, PolicyError
+from hybrimoe.policy.ranking import Books, Ranking, Static
+from hybrimoe.policy.routing import Load
+from hybrimoe.policy.slots import (
+    claim,
+    claim_each,
+    evict,
+    hold_slots,
+    note,
+    occupy,
+    ready_times,
+    release_slots,
+)
+from hybrimoe.policy.timeline import Array
+
+
+class Move(NamedTuple):
+    """One copy of an expert, or of some of its shards, into a slot."""
+
+    layer: int
+    expert: int
+    slot: int
+    generation: int  # what the slot's stamp is once the copy is ordered
+    first: int = 0  # shards [first, last); last = -1 means to the end
+    last: int = -1
+    victim: tuple[int, int] = (-1, -1)  # (layer, expert) that gave up the slot
+
+
+class Cache:
+    """The slot table: which expert of which layer is in which slot, and who may take it.
+
+    slots: experts that fit. floor: slots that no other layer may take from a layer, in model scope.
+    frequency: [L, E] how often each expert was used before, for quotas by frequency.
+    staging: further slots, behind the others, for experts that pass through without staying.
+    """
+
+    def __init__(
+        self,
+        ranking: Ranking,
+        slots: int,
+        layers: int,
+        experts: int,
+        top_k: int = 1,
+        *,
+        floor: int | None = None,
+        frequency: Array | None = None,
+        staging: int = 2,
+    ) -> None:
+        _check(slots, layers, experts, top_k, staging)
+        self.ranking, self.slots, self.staging = ranking, min(slots, layers * experts), staging
+        self.layers, self.experts = layers, experts
+        self.books = Books(layers, experts, top_k)
+        self.slot: Array = np.full((layers, experts), -1, np.int32)
+        self.owner: Array = np.full((self.slots, 2), -1, np.int32)
+        self.occupied: Array = np.zeros(layers, np.int32)
+        total = self.slots + staging
+        self.references: Array = np.zeros(total, np.int32)
+        self.generation: Array = np.zeros(total, np.int64)
+        self.arrival: Array = np.zeros(total)
+        share = self.slots // layers
+        self.floor = min(top_k, share) if floor is None else floor
+        self.quota = _equal(self.slots, layers, experts)
+        if ranking.shares == "frequency" and frequency is not None:
+            self.quota = quotas(frequency, self.slots)
+        self._by_layer = ranking.scope == "layer"
+        self._staged = 0
+
+    def resident(self, layer: int) -> Array:
+        """[E] bool: has a slot, be it still on the wire."""
+        found: Array = self.slot[layer] >= 0
+        return found
+
+    def ready(self, layer: int, experts: Array, now: float = 0.0) -> Array:
+        """[A] seconds from now until each expert is on the GPU: 0 resident, inf absent."""
+        times: Array = ready_times(self.slot[layer], self.arrival, experts, now)
+        return times
+
+    def observe(self, load: Load) -> None:
+        """Learn from what a router asked for, hit or not."""
+        books = self.books
+        books.tick += 1
+        note(
+            load.layer,
+            load.experts,
+            load.tokens,
+            books.tick,
+            books.top_k,
+            *(books.steps, books.count, books.last, books.previous, books.rate),
+        )
+        self.ranking.observe(books, load)
+
+    def worth(self, layer: int) -> Array:
+        """[E] what each expert of a layer is worth; the victim is the resident worth least."""
+        worth: Array = self.ranking.worth(self.books)[layer]
+        return worth
+
+    def victim(
+        self, layer: int, keep: Array | list[int] | None = None, now: float = 0.0
+    ) -> tuple[int, float]:
+        """The slot that `layer` would take next and what it is worth, (-1, inf) for none.
+
+        An empty slot is worth -inf. Slots in use, on the wire, or of `keep` are never taken.
+        """
+        kept = _kept(keep)
+        slot, worth = evict(
+            self.ranking.worth(self.books),
+            *(self.owner, self.references, self.arrival, self.occupied, self.quota),
+            *(self.floor, self._by_layer, layer, kept, now),
+        )
+        return int(slot), float(worth)
+
+    def admit(
+        self,
+        layer: int,
+        expert: int,
+        keep: Array | list[int] | None = None,
+        now: float = 0.0,
+        force: bool = False,
+    ) -> Move | None:
+        """Give an absent expert a slot, or None where no slot is to be had or it is not worth one.
+
+        force: ask only for a slot, not whether the ranking prefers the newcomer.
+        """
+        if self.slot[layer, expert] >= 0 or (self.ranking.frozen and not force):
+            return None
+        slot, generation, *victim = claim(
+            self.ranking.worth(self.books),
+            *(self.owner, self.references, self.arrival, self.occupied, self.quota),
+            *(self.floor, self._by_layer, layer, _kept(keep), now),
+            *(self.slot, self.generation, expert, self.ranking.admission and not force),
+        )
+        if slot < 0:
+            return None
+        return Move(layer, expert, slot, generation, victim=(victim[0], victim[1]))
+
+    def admit_each(
+        self, layer: int, experts: Array, keep: Array, now: float, limit: int
+    ) -> list[Move]:
+        """`admit` for up to `limit` of the absent ones among these experts, worthiest first."""
+        if self.ranking.frozen:
+            return []
+        claims = claim_each(
+            self.ranking.worth(self.books),
+            *(self.owner, self.references, self.arrival, self.occupied, self.quota),
+            *(self.floor, self._by_layer, layer, keep, now),
+            *(self.slot, self.generation, experts, limit, self.ranking.admission),
+        )
+        return [
+            Move(layer, expert, slot, generation, 0, -1, (victim_layer, victim))
+            for expert, slot, generation, victim_layer, victim in claims.tolist()
+        ]
+
+    def stage(self, layer: int, expert: int) -> Move:
+        """A passing slot for an expert that is used once; they are taken in turn."""
+        if self.staging == 0:
+            raise PolicyError(
+                f"expert {expert} of layer {layer} needs a staging slot, there is none"
+            )
+        slot = self.slots + self._staged % self.staging
+        self._staged += 1
+        self.generation[slot] += 1
+        return Move(layer, expert, slot, int(self.generation[slot]))
+
+    def hold(self, layer: int, experts: Array) -> Array:
+        """Mark the slots of some experts as in use; returns them for `release`."""
+        slots: Array = hold_slots(self.slot[layer], experts, self.references)
+        return slots
+
+    def release(self, slots: Array) -> None:
+        """The reverse of `hold`."""
+        if release_slots(slots, self.references) < 0:
+            raise PolicyError(f"slots {slots.tolist()} were released more often than held")
+
+    def drop(self, layer: int, expert: int) -> None:
+        """Give up an expert's slot, for instance because its copy failed."""
+        slot = int(self.slot[layer, expert])
+        if slot < 0:
+            return
+        if self.references[slot]:
+            raise PolicyError(f"slot {slot} of expert {expert}, layer {layer}, is in use")
+        self.slot[layer, expert] = -1
+        self.owner[slot] = -1
+        self.arrival[slot] = 0.0
+        self.generation[slot] += 1
+        self.occupied[layer] -= 1
+
+    def fill(self, frequency: Array | None = None) -> list[Move]:
+        """Take the empty slots for the most frequent experts [L, E], and say what to copy."""
+        frequency = np.zeros((self.layers, self.experts)) if frequency is None else frequency
+        whole = isinstance(self.ranking, Static) and self.ranking.by == "layer"
+        wanted = _whole_layers(self) if whole else _most_frequent(self, frequency)
+        moves = []
+        for layer, expert in wanted:
+            if self.slot[layer, expert] < 0:
+                slot = int(np.flatnonzero(self.owner[:, 0] < 0)[0])
+                occupy(self.owner, self.occupied, self.slot, self.generation, slot, layer, expert)
+                self.arrival[slot] = 0.0
+                moves.append(Move(layer, expert, slot, int(self.generation[slot])))
+        return moves
+
+
+def quotas(frequency: Array, slots: int) -> Array:
+    """[L] slots per layer that hit most often if each layer keeps its most frequent experts.
+
+    This is AdapMoE's dynamic programme: a layer's gain from one more slot only falls, so taking the
+    largest gain each time is the optimum.
+    """
+    gains = -np.sort(-frequency / np.maximum(frequency.sum(axis=1, keepdims=True), 1e-300), axis=1)
+    best = np.argsort(-gains, axis=None, kind="stable")[:slots]
+    return np.bincount(best // frequency.shape[1], minlength=frequency.shape[0]).astype(np.int32)
+
+
+def _kept(keep: Array | list[int] | None) -> Array:
+    return np.zeros(0, np.int32) if keep is None else np.asarray(keep, np.int32)
+
+
+def _equal(slots: int, layers: int, experts: int) -> Array:
+    share = np.full(layers, slots // layers, np.int32)
+    share[: slots % layers] += 1
+    return np.minimum(share, experts).astype(np.int32)
+
+
+def _whole_layers(cache: Cache) -> list[tuple[int, int]]:
+    pairs = [(layer, e) for layer in range(cache.layers) for e in range(cache.experts)]
+    return pairs[: cache.slots]
+
+
+def _most_frequent(cache: Cache, frequency: Array) -> list[tuple[int, int]]:
+    """Each layer's quota or floor of its most frequent experts, then the best of the others."""
+    order = np.argsort(-frequency, axis=1, kind="stable")
+    least = cache.quota if cache.ranking.scope == "layer" else np.full(cache.layers, cache.floor)
+    wanted = [
+        (layer, int(e)) for layer in range(cache.layers) for e in order[layer, : least[layer]]
+    ]
+    if cache.ranking.scope == "model":
+        taken = set(wanted)
+        best = np.argsort(-frequency, axis=None, kind="stable")
+        pairs = [divmod(int(i), cache.experts) for i in best]
+        wanted += [pair for pair in pairs if pair not in taken]
+    return wanted[: cache.slots]
+
+
+def _check(slots: int, layers: int, experts: int, top_k: int, staging: int) -> None:
+    if layers < 1 or experts < 1:
+        raise ConfigError(f"layers and experts must be positive, got {layers} and {experts}")
+    if slots < 0 or staging < 0:
+        raise ConfigError(f"slots and staging must be at least 0, got {slots} and {staging}")
+    if not 1 <= top_k <= experts:
+        raise ConfigError(f"top_k must lie in [1, {experts}], got {top_k}")

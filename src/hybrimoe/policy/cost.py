@@ -1,0 +1,201 @@
+"""Seconds per lane as a function of tokens and bytes, alone and while the other lanes are busy.
+
+    cpu(n) = first + a + b * n        gpu(n) = max(read, c * n) + launch
+    link(bytes) = latency + bytes / bandwidth
+
+`first` is paid once per layer that uses the CPU, `a` per expert, `b` per token of an expert. CPU
+experts and copies read the same memory, so both have a second, contended number.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hybrimoe.errors import ProfileError
+from hybrimoe.policy.timeline import Array, Lane, Span
+
+VERSION = 1
+# Places in CostModel.vector, the form in which compiled planners read a cost model.
+FIRST, EXPERT, TOKEN, EXPERT_CONTENDED, READ, GPU_TOKEN, LAUNCH = 0, 1, 2, 3, 4, 5, 6
+LATENCY, LOAD, LOAD_CONTENDED, SHARDS = 7, 8, 9, 10
+MAY_BE_ZERO = {
+    "cpu_first",
+    "cpu_token",
+    "gpu_token",
+    "gpu_launch",
+    "link_latency",
+    "dense_read",
+    "dense_token",
+    "dense_launch",
+    "plan_s",
+    "forecast_s",
+}
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """What one expert of one shape and format costs on one machine.
+
+    cpu_first: seconds once per layer when any expert runs on the CPU.
+    cpu_expert: seconds to read one expert's weights on the CPU; cpu_token: more per token.
+    gpu_read: seconds to read one expert on the GPU; gpu_token: per token, once that is more.
+    gpu_launch: host and launch seconds per expert on the GPU.
+    link_latency, link_bandwidth: one copy; bytes per second.
+    expert_bytes: size of one expert; shards: the equal parts it may be divided into.
+    cpu_expert_contended: `cpu_expert` while the link copies; link_bandwidth_contended: the reverse.
+    dense_read, dense_token, dense_launch: all other work of a layer on the GPU, same law.
+    plan_s, forecast_s: host seconds per layer for planning, and for forecasting and prefetching.
+    """
+
+    cpu_first: float
+    cpu_expert: float
+    cpu_token: float
+    gpu_read: float
+    gpu_token: float
+    gpu_launch: float
+    link_latency: float
+    link_bandwidth: float
+    expert_bytes: int
+    cpu_expert_contended: float
+    link_bandwidth_contended: float
+    shards: int = 4
+    dense_read: float = 0.0
+    dense_token: float = 0.0
+    dense_launch: float = 0.0
+    plan_s: float = 0.0
+    forecast_s: float = 0.0
+    vector: Array = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for item in _fields():
+            _check(item.name, getattr(self, item.name))
+        object.__setattr__(self, "vector", self._vector())
+
+    def cpu(self, tokens: int, first: bool = True, contended: bool = False) -> float:
+        """Seconds for one expert on the CPU."""
+        expert = self.cpu_expert_contended if contended else self.cpu_expert
+        return (self.cpu_first if first else 0.0) + expert + self.cpu_token * tokens
+
+    def gpu(self, tokens: int) -> float:
+        """Seconds for one resident expert on the GPU."""
+        return max(self.gpu_read, self.gpu_token * tokens) + self.gpu_launch
+
+    def link(self, size: int, contended: bool = False) -> float:
+        """Seconds for one copy of `size` bytes to the GPU."""
+        bandwidth = self.link_bandwidth_contended if contended else self.link_bandwidth
+        return self.link_latency + size / bandwidth
+
+    def dense(self, tokens: int) -> float:
+        """Seconds for everything in a layer that is not a routed expert."""
+        return max(self.dense_read, self.dense_token * tokens) + self.dense_launch
+
+    def refined(self, spans: Iterable[Span], weight: float = 0.1) -> "CostModel":
+        """This model moved towards measured spans: each lane is scaled by what it was wrong by.
+
+        weight: 0 keeps the model, 1 believes the spans.
+        """
+        measured = list(spans)
+        factor = {lane: _error(self, lane, measured) ** weight for lane in _group(measured)}
+        cpu, gpu, link = (factor.get(lane, 1.0) for lane in (Lane.CPU, Lane.GPU, Lane.LINK))
+        scaled = {name: getattr(self, name) * cpu for name in _names("cpu_")}
+        scaled |= {name: getattr(self, name) * gpu for name in _names("gpu_")}
+        scaled |= {name: getattr(self, name) / link for name in _names("link_bandwidth")}
+        return dataclasses.replace(self, **scaled, link_latency=self.link_latency * link)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers by field name, with the version of the layout."""
+        return {"version": VERSION} | {f.name: getattr(self, f.name) for f in _fields()}
+
+    @classmethod
+    def from_dict(cls, numbers: dict[str, Any]) -> "CostModel":
+        """The reverse of `to_dict`; an unknown, missing or impossible number is refused."""
+        if numbers.get("version") != VERSION:
+            raise ProfileError(f"version must be {VERSION}, got {numbers.get('version')!r}")
+        known = {item.name for item in _fields()}
+        given = set(numbers) - {"version"}
+        required = {f.name for f in _fields() if f.default is dataclasses.MISSING}
+        for name in sorted(given - known):
+            raise ProfileError(f"{name} is no field of a cost model, got {numbers[name]!r}")
+        for name in sorted(required - given):
+            raise ProfileError(f"{name} is missing")
+        return cls(**{name: numbers[name] for name in given})
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write JSON; a reader sees the old file or the new one, never a part."""
+        write_atomically(Path(path), json.dumps(self.to_dict(), indent=2).encode())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "CostModel":
+        """Read what `save` wrote."""
+        try:
+            numbers = json.loads(Path(path).read_text())
+        except ValueError as error:
+            raise ProfileError(f"{path} is not JSON: {error}") from error
+        if not isinstance(numbers, dict):
+            raise ProfileError(f"{path} must hold one JSON object, got {type(numbers).__name__}")
+        return cls.from_dict(numbers)
+
+    def _vector(self) -> Array:
+        numbers = [self.cpu_first, self.cpu_expert, self.cpu_token, self.cpu_expert_contended]
+        numbers += [self.gpu_read, self.gpu_token, self.gpu_launch, self.link_latency]
+        numbers += [self.expert_bytes / self.link_bandwidth]
+        numbers += [self.expert_bytes / self.link_bandwidth_contended, self.shards]
+        return np.array(numbers, np.float64)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file in one step, so that an interruption leaves the old one whole."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def _fields() -> list["dataclasses.Field[Any]"]:
+    return [item for item in dataclasses.fields(CostModel) if item.init]
+
+
+def _names(prefix: str) -> list[str]:
+    return [item.name for item in _fields() if item.name.startswith(prefix)]
+
+
+def _check(name: str, value: Any) -> None:
+    number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    if not number or not math.isfinite(value):
+        raise ProfileError(f"{name} must be a finite number, got {value!r}")
+    if value < 0 or (value == 0 and name not in MAY_BE_ZERO):
+        rule = "at least 0" if name in MAY_BE_ZERO else "positive"
+        raise ProfileError(f"{name} must be {rule}, got {value!r}")
+
+
+def _group(spans: list[Span]) -> set[Lane]:
+    return {span.lane for span in spans if span.lane is not Lane.POLICY and span.seconds > 0}
+
+
+def _error(cost: CostModel, lane: Lane, spans: list[Span]) -> float:
+    """Measured over predicted seconds of one lane, 1 where the model predicts nothing."""
+    mine = [span for span in spans if span.lane is lane]
+    predicted = sum(_predict(cost, span) for span in mine)
+    return sum(span.seconds for span in mine) / predicted if predicted > 0 else 1.0
+
+
+def _predict(cost: CostModel, span: Span) -> float:
+    if span.lane is Lane.LINK:
+        return cost.link(span.bytes)
+    if span.lane is Lane.CPU:
+        return cost.cpu_first + cost.cpu_expert * span.experts + cost.cpu_token * span.tokens
+    return span.experts * cost.gpu(-(-span.tokens // max(span.experts, 1)))

@@ -1,0 +1,159 @@
+"""What later layers will ask for, learnt from expert ids where no router can be run early."""
+
+import numpy as np
+from numba import njit
+
+from hybrimoe.errors import ConfigError
+from hybrimoe.policy.routing import Forecast, Load
+from hybrimoe.policy.timeline import Array
+
+CAP = 0.95  # no forecast is surer than this
+TRUST = 0.02  # weight of the newest forecast in how far forecasts are believed
+
+
+class Markov:
+    """Forecasts from the experts of this layer and from the target layer's previous token.
+
+    Tables of P(expert | an expert seen d layers before) and P(expert | an expert of the previous
+    token) are learnt as moving averages. A forecast averages their square roots, which recalls more
+    than averaging them or their log-odds: the activated experts are far from independent.
+
+    depth: layers to look ahead. rate: weight of the newest token in the tables.
+    width: experts in one forecast, None for those activated by one token.
+    across: weight of the earlier layers' experts, the rest is the previous token's.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        experts: int,
+        top_k: int,
+        *,
+        depth: int = 1,
+        rate: float = 0.04,
+        width: int | None = None,
+        across: float = 0.85,
+    ) -> None:
+        if depth < 1 or not 0 < rate <= 1:
+            raise ConfigError(f"depth must be positive and rate in (0, 1], got {depth}, {rate}")
+        self.layers, self.experts, self.top_k, self.depth = layers, experts, top_k, depth
+        self.rate, self.width, self.across = rate, min(width or top_k, experts), across
+        start = top_k / experts
+        self.ahead: Array = np.full((depth, layers, experts, experts), start, np.float32)
+        self.again: Array = np.full((layers, experts, experts), start, np.float32)
+        self.seen: Array = np.zeros((layers, experts), np.int32)  # of the latest step
+
+    def observe(self, load: Load) -> None:
+        """Learn from one layer; layers come in order."""
+        _learn(self.ahead, self.again, self.seen, load.layer, load.experts, self.rate)
+
+    def forecast(self, layer: int) -> list[Forecast]:
+        """Forecasts for up to `depth` layers after one that was just observed."""
+        found = []
+        for d in range(min(self.depth, self.layers - 1 - layer)):
+            target = layer + 1 + d
+            experts, probability = _forecast(
+                *(self.ahead[d, target], self.again[target]),
+                *(self.seen[layer], self.seen[target], self.width, self.across, self.top_k),
+            )
+            found.append(Forecast(target, experts, np.ones(experts.size, np.int32), probability))
+        return found
+
+
+class Trust:
+    """How often forecast experts are activated, against how often they were said to be.
+
+    `factor(d)` scales the probabilities of forecasts d layers ahead so that they come true.
+    """
+
+    def __init__(self, depth: int) -> None:
+        self.expected: Array = np.full(depth, 1e-3)
+        self.found: Array = np.full(depth, 1e-3)
+        self._pending: dict[int, list[tuple[int, Forecast]]] = {}
+
+    def expect(self, layer: int, forecasts: list[Forecast]) -> None:
+        """Remember what was forecast at `layer` until its target runs."""
+        for forecast in forecasts:
+            ahead = forecast.layer - layer - 1
+            self._pending.setdefault(forecast.layer, []).append((ahead, forecast))
+
+    def settle(self, load: Load) -> None:
+        """Compare with what a layer really asked for."""
+        for ahead, forecast in self._pending.pop(load.layer, ()):
+            if ahead < self.found.size:
+                _settle(
+                    *(self.expected, self.found, ahead),
+                    *(forecast.experts, forecast.probability, load.experts),
+                )
+
+    def factor(self, ahead: int) -> float:
+        """What to multiply a probability by, `ahead` + 1 layers before its target."""
+        return float(self.found[ahead] / self.expected[ahead])
+
+
+@njit(cache=True)
+def _learn(
+    ahead: Array, again: Array, seen: Array, layer: int, experts: Array, rate: float
+) -> None:
+    for d in range(min(ahead.shape[0], layer)):
+        _move(ahead[d, layer], seen[layer - 1 - d], experts, rate)
+    _move(again[layer], seen[layer], experts, rate)
+    seen[layer] = 0
+    for e in experts:
+        seen[layer, e] = 1
+
+
+@njit(cache=True)
+def _move(table: Array, given: Array, experts: Array, rate: float) -> None:
+    """Move the rows of the given experts towards what was activated."""
+    for e in range(given.size):
+        if given[e] > 0:
+            for f in range(given.size):
+                table[e, f] *= 1.0 - rate
+            for f in experts:
+                table[e, f] += rate
+
+
+@njit(cache=True)
+def _forecast(
+    ahead: Array,
+    again: Array,
+    here: Array,
+    before: Array,
+    width: int,
+    across: float,
+    top_k: int,
+) -> tuple[Array, Array]:
+    count = here.size
+    score = np.zeros(count)
+    near, late = max(here.sum(), 1), max(before.sum(), 1)
+    for e in range(count):
+        if here[e] > 0:
+            for f in range(count):
+                score[f] += across / near * np.sqrt(ahead[e, f])
+        if before[e] > 0:
+            for f in range(count):
+                score[f] += (1.0 - across) / late * np.sqrt(again[e, f])
+    score *= score * score  # averaging flattens the scores; cubes come true as probabilities
+    experts = np.empty(width, np.int32)
+    probability = np.empty(width)
+    scale = top_k / max(score.sum(), 1e-9)  # top_k experts will be activated, whatever the scores
+    for k in range(width):
+        best = np.argmax(score)
+        experts[k] = best
+        probability[k] = min(score[best] * scale, CAP)
+        score[best] = -1.0
+    return experts, probability
+
+
+@njit(cache=True)
+def _settle(
+    expected: Array, found: Array, ahead: int, experts: Array, probability: Array, real: Array
+) -> None:
+    hits, said = 0, 0.0
+    for i in range(experts.size):
+        said += probability[i]
+        for e in real:
+            hits += e == experts[i]
+    expected[ahead] += TRUST * (said - expected[ahead])
+    found[ahead] += TRUST * (hits - found[ahead])

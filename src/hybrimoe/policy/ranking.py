@@ -1,0 +1,191 @@
+"""What a slot on the GPU is worth: rankings of experts, and the books they are read from."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from hybrimoe.errors import ConfigError, PolicyError
+from hybrimoe.policy.routing import Load, RoutingTrace
+from hybrimoe.policy.slots import top_p_update
+from hybrimoe.policy.timeline import Array
+
+SCOPES = ("model", "layer")
+SHARES = ("equal", "frequency")
+
+
+class Books:
+    """What has been observed, per layer and expert: plain arrays that rankings read.
+
+    count [L, E] tokens seen. last, previous [L, E] the ticks of the two latest uses, -1 for never.
+    rate [L, E] share of recent steps that used the expert. score [L, E] belongs to the ranking.
+    steps [L] loads observed; tick counts them over all layers.
+    """
+
+    def __init__(self, layers: int, experts: int, top_k: int) -> None:
+        shape = (layers, experts)
+        self.top_k = top_k
+        self.tick = 0
+        self.steps: Array = np.zeros(layers, np.int64)
+        self.count: Array = np.zeros(shape)
+        self.last: Array = np.full(shape, -1.0)
+        self.previous: Array = np.full(shape, -1.0)
+        self.rate: Array = np.full(shape, min(top_k / experts, 1.0))
+        self.score: Array = np.zeros(shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranking(ABC):
+    """Says what each expert is worth keeping; the cache evicts the one that is worth least.
+
+    scope: "model" lets slots move between layers, "layer" keeps every layer's quota.
+    admission: insert only what is worth more than its victim. Without it every copy stays.
+    backfill: experts that missed and ran on the CPU are copied afterwards, while the link is idle.
+    shares: in layer scope, "equal" quotas, or those that hit most by the "frequency" given.
+    frozen: residents stay what they were at the start.
+    """
+
+    scope: str = "layer"
+    admission: bool = False
+    backfill: bool = False
+    shares: str = "equal"
+    frozen: bool = False
+
+    def __post_init__(self) -> None:
+        if self.scope not in SCOPES:
+            raise ConfigError(f"scope must be one of {SCOPES}, got {self.scope!r}")
+        if self.shares not in SHARES:
+            raise ConfigError(f"shares must be one of {SHARES}, got {self.shares!r}")
+
+    def observe(self, books: Books, load: Load) -> None:  # noqa: B027 (books suffice for most)
+        """Update `books.score` after the counts have been updated."""
+
+    @abstractmethod
+    def worth(self, books: Books) -> Array:
+        """[L, E] float64; may be one of the books' own arrays."""
+
+
+@dataclass(frozen=True)
+class MRS(Ranking):
+    """Keeps the experts whose router scores are high on average (minus recent score, section IV-D).
+
+    S = alpha * TopP(s) + (1 - alpha) * S, where s are a step's scores and TopP keeps the p largest.
+    alpha: weight of the newest step. p: scores kept, None for twice the activated experts.
+    A step of T tokens counts as T steps with their mean scores.
+    """
+
+    alpha: float = 0.1
+    p: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.alpha <= 1:
+            raise ConfigError(f"alpha must lie in (0, 1], got {self.alpha}")
+        if self.p is not None and self.p < 1:
+            raise ConfigError(f"p must be at least 1 or None, got {self.p}")
+
+    def observe(self, books: Books, load: Load) -> None:
+        kept = 2 * books.top_k if self.p is None else self.p
+        tokens = load.tokens
+        top_p_update(books.score, load.layer, load.scores, tokens, books.top_k, kept, self.alpha)
+
+    def worth(self, books: Books) -> Array:
+        return books.score
+
+
+@dataclass(frozen=True)
+class LRU(Ranking):
+    """Keeps what was used last."""
+
+    def worth(self, books: Books) -> Array:
+        return books.last
+
+
+@dataclass(frozen=True)
+class LFU(Ranking):
+    """Keeps what was used most."""
+
+    def worth(self, books: Books) -> Array:
+        return books.count
+
+
+@dataclass(frozen=True)
+class LRU2(Ranking):
+    """Keeps what was used twice in the shortest time (LRU-K, SIGMOD 1993)."""
+
+    def observe(self, books: Books, load: Load) -> None:
+        e = load.experts
+        older, newer = books.previous[load.layer, e], books.last[load.layer, e]
+        books.score[load.layer, e] = older + 1e-9 * newer  # the last use breaks ties
+
+    def worth(self, books: Books) -> Array:
+        return books.score
+
+
+@dataclass(frozen=True)
+class Static(Ranking):
+    """Keeps what was resident at the start.
+
+    by: "frequency" starts with the most frequent experts, "layer" with whole layers.
+    """
+
+    by: str = "frequency"
+    frozen: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.by not in ("frequency", "layer"):
+            raise ConfigError(f'by must be "frequency" or "layer", got {self.by!r}')
+
+    def worth(self, books: Books) -> Array:
+        return books.count
+
+
+@dataclass(frozen=True)
+class Belady(Ranking):
+    """Keeps what is used soonest (offline): no cache of the same size hits more often.
+
+    used: [S, L, A] the experts of each step and layer, -1 pads; future: [S, L, A] the step in which
+    each of them is used next. `Belady.of(trace)` finds both.
+    """
+
+    admission: bool = True
+    used: Array = field(default_factory=lambda: np.zeros((0, 0, 0), np.int32), compare=False)
+    future: Array = field(default_factory=lambda: np.zeros((0, 0, 0), np.int32), compare=False)
+
+    @classmethod
+    def of(cls, trace: RoutingTrace, scope: str = "layer") -> "Belady":
+        """The ranking that knows this trace."""
+        steps = [trace.loads(step) for step in range(trace.steps)]
+        widest = max((load.experts.size for loads in steps for load in loads), default=0)
+        used = np.full((trace.steps, trace.layers, widest), -1, np.int32)
+        for step, loads in enumerate(steps):
+            for load in loads:
+                used[step, load.layer, : load.experts.size] = load.experts
+        return cls(scope=scope, used=used, future=_next_uses(used, trace.experts))
+
+    def observe(self, books: Books, load: Load) -> None:
+        step = int(books.steps[load.layer]) - 1
+        if step >= len(self.used):
+            raise PolicyError(f"Belady knows {len(self.used)} steps and met step {step}")
+        if step == 0:
+            books.score[load.layer] = -np.inf  # not used yet: worth nothing
+        used = self.used[step, load.layer]
+        kept = used >= 0
+        books.score[load.layer, used[kept]] = -self.future[step, load.layer, kept]
+
+    def worth(self, books: Books) -> Array:
+        return books.score
+
+
+def _next_uses(used: Array, experts: int) -> Array:
+    """The step in which each used expert is used again, past the end if never."""
+    future = np.full(used.shape, 2 * len(used), np.int32)
+    following = np.full((used.shape[1], experts), 2 * len(used), np.int32)
+    for step in range(len(used) - 1, -1, -1):
+        for layer in range(used.shape[1]):
+            now = used[step, layer]
+            now = now[now >= 0]
+            future[step, layer, : now.size] = following[layer, now]
+            following[layer, now] = step
+    return future

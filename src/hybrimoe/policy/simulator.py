@@ -1,0 +1,319 @@
+"""Replay a routing trace on a hardware profile: the same engine, with a predicting executor."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from hybrimoe.errors import ConfigError, ProfileError
+from hybrimoe.policy.cache import Cache, Move
+from hybrimoe.policy.cost import SHARDS, CostModel
+from hybrimoe.policy.engine import Engine, Policies
+from hybrimoe.policy.forecaster import Markov
+from hybrimoe.policy.planning import by_tokens, cpu_end, ends, gpu_s
+from hybrimoe.policy.prefetcher import Prefetcher
+from hybrimoe.policy.presets import preset as named
+from hybrimoe.policy.profiles import Profile, Shape
+from hybrimoe.policy.profiles import profile as profile_by_name
+from hybrimoe.policy.profiles import shape as shape_by_model
+from hybrimoe.policy.ranking import Ranking
+from hybrimoe.policy.routing import Load, RoutingTrace
+from hybrimoe.policy.scheduler import Plan, Scheduler
+from hybrimoe.policy.timeline import Array, Lane, Span, Timeline
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a replay took; seconds and bytes. Decode numbers leave prefill steps out.
+
+    decode_s_per_token: mean seconds of a decode step. prefill_s: mean time to first token, None
+    without prefill steps. hit_rate: share of activated experts that were resident when asked for;
+    late_rate: share that was on the wire. uploads_per_token: copies of experts.
+    lanes: busy seconds per decode step by lane name; idle: the share of the time each lane was not.
+    """
+
+    preset: str
+    profile: str
+    slots: int
+    steps: int
+    tokens: int
+    decode_s_per_token: float | None
+    prefill_s: float | None
+    hit_rate: float
+    late_rate: float
+    uploads_per_token: float
+    link_bytes_per_token: float
+    lanes: dict[str, float]
+    idle: dict[str, float]
+    spans: tuple[Span, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the spans, for JSON."""
+        return {name: value for name, value in vars(self).items() if name != "spans"}
+
+
+class SimExecutor:
+    """Predicts instead of running: every call only moves lanes of the timeline."""
+
+    def __init__(self, cost: CostModel) -> None:
+        self.cost = cost
+        self.busy = np.zeros(len(Lane))
+        self.uploads = 0
+        self.link_bytes = 0
+        self._layer = 0
+        self._end = 0.0
+        self._cpu = (0.0, 0.0, 0.0)
+        self._experts = (0, 0)
+
+    def dense(self, layer: int, tokens: int, timeline: Timeline) -> None:
+        """The rest of the layer, before its experts."""
+        seconds = self.cost.dense(tokens)
+        self.busy[Lane.GPU] += seconds
+        timeline.now = timeline.push(Lane.GPU, seconds, what=f"dense {layer}")
+
+    def policy(self, seconds: float, wait: bool, timeline: Timeline) -> None:
+        """Host work of the policies; planning holds up the layer, prefetching does not."""
+        self.busy[Lane.POLICY] += seconds
+        end = timeline.push(Lane.POLICY, seconds, what="policy")
+        if wait:
+            timeline.now = end
+
+    def run(
+        self, load: Load, plan: Plan, ready: Array, moves: list[Move], timeline: Timeline
+    ) -> None:
+        vector, now = self.cost.vector, timeline.now
+        link = timeline.free[Lane.LINK]
+        gpu, link_end, start, alone, contended = _execute(
+            load.tokens, ready, plan.shards, timeline.free, now, vector
+        )
+        self._layer, self._experts = load.layer, (plan.gpu.size, plan.cpu.size)
+        self._end, self._cpu = gpu, (start, alone, contended)
+        self.busy[Lane.GPU] += _gpu_work(load.tokens, plan.shards, vector)
+        if moves:
+            shards = int(plan.shards.sum(where=np.isinf(ready)))
+            self.uploads += len(moves)
+            self.link_bytes += self.cost.expert_bytes * shards // self.cost.shards
+            self.busy[Lane.LINK] += link_end - max(link, now)
+            timeline.free[Lane.LINK] = link_end
+        timeline.free[Lane.GPU] = gpu
+        if timeline.spans is not None:
+            self._draw(load, plan, timeline, now, max(link, now), link_end)
+
+    def copy(self, move: Move, timeline: Timeline) -> float:
+        cost = self.cost
+        part = (cost.shards if move.last < 0 else move.last) - move.first
+        size = cost.expert_bytes * part // cost.shards
+        seconds = cost.link(size, contended=self._cpu[1] > 0.0)
+        self.uploads += move.first == 0
+        self.link_bytes += size
+        self.busy[Lane.LINK] += seconds
+        return timeline.push(Lane.LINK, seconds, what=f"copy {move.layer}.{move.expert}")
+
+    def join(self, timeline: Timeline) -> None:
+        start, alone, contended = self._cpu
+        end = self._end
+        if alone > 0.0:
+            done = cpu_end(start, alone, contended, float(timeline.free[Lane.LINK]))
+            self.busy[Lane.CPU] += done - start + self.cost.cpu_first
+            if timeline.spans is not None:
+                first = start - self.cost.cpu_first
+                what = f"{self._experts[1]} experts"
+                span = Span(Lane.CPU, first, done - first, what, self._layer, self._experts[1])
+                timeline.spans.append(span)
+            end = max(end, done)
+        timeline.join(max(end, timeline.now))
+
+    def _draw(
+        self, load: Load, plan: Plan, timeline: Timeline, now: float, link: float, link_end: float
+    ) -> None:
+        spans = timeline.spans
+        assert spans is not None
+        layer, tokens = load.layer, int(load.tokens.sum())
+        if plan.gpu.size:
+            seconds = timeline.free[Lane.GPU] - now
+            what = f"{plan.gpu.size} experts"
+            spans.append(Span(Lane.GPU, now, seconds, what, layer, plan.gpu.size, tokens))
+        if plan.copies.size:
+            count = plan.copies.size
+            spans.append(Span(Lane.LINK, link, link_end - link, f"{count} copies", layer, count))
+
+
+def simulate(
+    trace: RoutingTrace,
+    profile: str | Profile | CostModel = "desktop",
+    preset: str | Policies = "hybrimoe",
+    *,
+    vram: int | float | str = 0.25,
+    scheduler: Scheduler | None = None,
+    cache: Ranking | None = None,
+    prefetcher: Prefetcher | None = None,
+    shape: Shape | None = None,
+    prior: Array | None = None,
+    look_ahead: bool = True,
+    spans: bool = False,
+) -> Result:
+    """Replay a trace under a preset's policies, or others in their place.
+
+    profile: a shipped machine's name, a profile, or a measured cost model.
+    vram: for experts; bytes, a string such as "6GiB", or a fraction of all experts.
+    shape: of the experts, where the trace's model is not one of the known ones.
+    prior: [L, E] how often experts were used before; decides who is resident at the start. By
+        default the trace's own frequencies, which favours presets that never change residents.
+    look_ahead: use the forecasts recorded in the trace where it has some, else a Markov table.
+    """
+    policies = _policies(preset, scheduler, cache, prefetcher)
+    cost = _cost(profile, trace, shape)
+    slots = _slots(vram, trace, cost)
+    prior = trace.frequencies() if prior is None else np.asarray(prior, np.float64)
+    if prior.shape != (trace.layers, trace.experts):
+        want = (trace.layers, trace.experts)
+        raise ConfigError(f"prior must have shape {want}, got {prior.shape}")
+    table = Cache(
+        policies.ranking, slots, trace.layers, trace.experts, trace.top_k, frequency=prior
+    )
+    table.fill(prior)
+    executor = SimExecutor(cost)
+    recorded = look_ahead and trace.depth > 0
+    depth = policies.prefetcher.depth
+    markov = None
+    if depth and not recorded:
+        markov = Markov(trace.layers, trace.experts, trace.top_k, depth=depth)
+    timeline = Timeline(trace=spans)
+    engine = Engine(policies, table, cost, executor, timeline=timeline, forecaster=markov)
+    totals = _replay(trace, engine, executor, recorded)
+    name = preset if isinstance(preset, str) else "custom"
+    machine = profile if isinstance(profile, str) else getattr(profile, "name", "measured")
+    return _result(name, machine, slots, trace, totals, timeline)
+
+
+def _replay(
+    trace: RoutingTrace, engine: Engine, executor: SimExecutor, recorded: bool
+) -> dict[str, Any]:
+    """All steps through the engine; decode and prefill are counted apart."""
+    timeline, cost = engine.timeline, engine.cost
+    decode = prefill = 0.0
+    lanes, used, counted = np.zeros(len(Lane)), np.zeros(2), np.zeros(3)
+    for step in range(trace.steps):
+        start, tokens = timeline.now, trace.tokens(step)
+        busy, link = executor.busy.copy(), (executor.uploads, executor.link_bytes)
+        hits = engine.hits, engine.misses, engine.late
+        for load in trace.loads(step):
+            executor.dense(load.layer, tokens, timeline)
+            executor.policy(cost.plan_s, True, timeline)
+            if engine.depth:
+                executor.policy(cost.forecast_s, False, timeline)
+            engine.step(load, trace.forecasts(step, load.layer) if recorded else ())
+        if trace.prefill[step]:
+            prefill += timeline.now - start
+            continue
+        decode += timeline.now - start
+        lanes += executor.busy - busy
+        used += executor.uploads - link[0], executor.link_bytes - link[1]
+        counted += engine.hits - hits[0], engine.misses - hits[1], engine.late - hits[2]
+    return {"decode": decode, "prefill": prefill, "lanes": lanes, "used": used, "hits": counted}
+
+
+def _result(
+    name: str,
+    machine: str,
+    slots: int,
+    trace: RoutingTrace,
+    totals: dict[str, Any],
+    timeline: Timeline,
+) -> Result:
+    prefills = int(trace.prefill.sum())
+    steps = trace.steps - prefills
+    tokens = sum(trace.tokens(int(s)) for s in np.flatnonzero(~trace.prefill))
+    asked, decode = max(totals["hits"].sum(), 1), totals["decode"]
+    lanes = totals["lanes"]
+    return Result(
+        preset=name,
+        profile=machine,
+        slots=slots,
+        steps=trace.steps,
+        tokens=tokens,
+        decode_s_per_token=decode / steps if steps else None,
+        prefill_s=totals["prefill"] / prefills if prefills else None,
+        hit_rate=float(totals["hits"][0] / asked),
+        late_rate=float(totals["hits"][2] / asked),
+        uploads_per_token=float(totals["used"][0] / max(tokens, 1)),
+        link_bytes_per_token=float(totals["used"][1] / max(tokens, 1)),
+        lanes={lane.name: float(lanes[lane] / max(steps, 1)) for lane in Lane},
+        idle={lane.name: 1 - float(lanes[lane]) / decode if decode else 1.0 for lane in Lane},
+        spans=tuple(timeline.spans or ()),
+    )
+
+
+def _policies(
+    preset: str | Policies,
+    scheduler: Scheduler | None,
+    ranking: Ranking | None,
+    prefetcher: Prefetcher | None,
+) -> Policies:
+    base = named(preset) if isinstance(preset, str) else preset
+    return Policies(
+        scheduler or base.scheduler, ranking or base.ranking, prefetcher or base.prefetcher
+    )
+
+
+def _cost(
+    profile: str | Profile | CostModel, trace: RoutingTrace, shape: Shape | None
+) -> CostModel:
+    if isinstance(profile, CostModel):
+        return profile
+    machine = profile_by_name(profile) if isinstance(profile, str) else profile
+    if shape is None and not trace.model:
+        raise ProfileError(
+            "the trace names no model: pass shape=Shape(hidden, intermediate, dense)"
+        )
+    return machine.cost(shape_by_model(trace.model) if shape is None else shape)
+
+
+def _slots(vram: int | float | str, trace: RoutingTrace, cost: CostModel) -> int:
+    everything = trace.layers * trace.experts
+    slots = int(expert_budget(vram, everything * cost.expert_bytes) // cost.expert_bytes)
+    if 0 < slots < trace.top_k:
+        raise ConfigError(
+            f"vram={vram!r} holds {slots} experts of {cost.expert_bytes} bytes, one layer's top-k "
+            f"needs {trace.top_k}"
+        )
+    return min(slots, everything)
+
+
+UNITS = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 1e3, "mb": 1e6, "gb": 1e9}
+
+
+def expert_budget(vram: int | float | str, everything: int) -> float:
+    """Bytes meant by a number of bytes, a string with a unit, or a fraction of everything."""
+    if isinstance(vram, str):
+        text = vram.strip().lower()
+        unit = text.lstrip("0123456789.")
+        try:
+            number = float(text[: len(text) - len(unit)])
+            return number * UNITS[unit.strip()] if unit else expert_budget(number, everything)
+        except (ValueError, KeyError):
+            raise ConfigError(f'vram must be bytes, "6GiB" or a fraction, got {vram!r}') from None
+    if not 0 <= vram < float("inf"):
+        raise ConfigError(f"vram must be at least 0, got {vram!r}")
+    # A float up to 1 is a fraction; the margin keeps 0.25 of 768 experts at 192 despite rounding.
+    return vram * everything * (1 + 1e-12) if isinstance(vram, float) and vram <= 1 else vram
+
+
+@njit(cache=True)
+def _gpu_work(tokens: Array, share: Array, cost: Array) -> float:
+    seconds = 0.0
+    for i in range(tokens.size):
+        if share[i] > 0:
+            seconds += gpu_s(tokens[i], share[i] / cost[SHARDS], cost)
+    return seconds
+
+
+@njit(cache=True)
+def _execute(
+    tokens: Array, ready: Array, share: Array, free: Array, now: float, cost: Array
+) -> tuple[float, float, float, float, float]:
+    """What `planning.ends` predicts, on the timeline's clock."""
+    lanes = np.maximum(free - now, 0.0)
+    gpu, link, start, alone, work = ends(tokens, ready, lanes, cost, share, by_tokens(tokens))
+    return now + gpu, now + link, now + start, alone, work

@@ -1,0 +1,246 @@
+"""Compiled book-keeping of the cache: counts, scores, the victim search."""
+
+import numpy as np
+from numba import njit
+
+from hybrimoe.policy.timeline import Array
+
+RATE = 0.05  # weight of the newest step in Books.rate: the last twenty steps count most
+
+
+@njit(cache=True)
+def ready_times(slot: Array, arrival: Array, experts: Array, now: float) -> Array:
+    """[A] seconds from now until each expert is there, inf without a slot."""
+    times = np.empty(experts.size)
+    for i in range(experts.size):
+        s = slot[experts[i]]
+        times[i] = np.inf if s < 0 else max(arrival[s] - now, 0.0)
+    return times
+
+
+@njit(cache=True)
+def note(
+    layer: int,
+    experts: Array,
+    tokens: Array,
+    tick: int,
+    top_k: int,
+    steps: Array,
+    count: Array,
+    last: Array,
+    previous: Array,
+    rate: Array,
+) -> None:
+    """Count one load. A load of T tokens moves the rates as T steps of its mean would."""
+    steps[layer] += 1
+    total = 0
+    for n in tokens:
+        total += n
+    rows = max(total / top_k, 1.0)
+    keep = (1.0 - RATE) ** rows
+    for e in range(rate.shape[1]):
+        rate[layer, e] *= keep
+    for i in range(experts.size):
+        e = experts[i]
+        count[layer, e] += tokens[i]
+        previous[layer, e] = last[layer, e]
+        last[layer, e] = tick
+        rate[layer, e] += (1.0 - keep) * min(tokens[i] / rows, 1.0)
+
+
+@njit(cache=True)
+def top_p_update(
+    score: Array, layer: int, scores: Array, tokens: Array, top_k: int, p: int, alpha: float
+) -> None:
+    """score[layer] = alpha * TopP(mean scores) + (1 - alpha) * score[layer], once per token."""
+    total = 0
+    for n in tokens:
+        total += n
+    rows = max(total / top_k, 1.0)
+    keep = 1.0 - alpha if rows == 1.0 else (1.0 - alpha) ** rows
+    least = _threshold(scores, p)
+    for e in range(scores.size):
+        s = scores[e] / rows if scores[e] >= least else 0.0
+        score[layer, e] = (1.0 - keep) * s + keep * score[layer, e]
+
+
+@njit(cache=True)
+def _threshold(scores: Array, p: int) -> float:
+    """The p-th largest score, or the smallest where there are fewer."""
+    if p >= scores.size:
+        return -np.inf
+    largest = np.full(p, -np.inf)
+    for s in scores:
+        if s > largest[p - 1]:
+            j = p - 1
+            while j > 0 and largest[j - 1] < s:
+                largest[j] = largest[j - 1]
+                j -= 1
+            largest[j] = s
+    return float(largest[p - 1])
+
+
+@njit(cache=True)
+def evict(
+    worth: Array,
+    owner: Array,
+    references: Array,
+    arrival: Array,
+    occupied: Array,
+    quota: Array,
+    floor: int,
+    by_layer: bool,
+    layer: int,
+    keep: Array,
+    now: float,
+) -> tuple[int, float]:
+    """The slot `layer` may take and what its expert is worth: -inf if empty, (-1, inf) for none."""
+    within = not by_layer or occupied[layer] < quota[layer]
+    chosen, least = -1, np.inf
+    for s in range(owner.shape[0]):
+        held = owner[s, 0]
+        if held < 0:
+            if within and references[s] == 0:
+                return s, -np.inf
+            continue
+        if references[s] > 0 or arrival[s] > now:
+            continue
+        if held != layer and (by_layer or occupied[held] <= floor):
+            continue
+        value = worth[held, owner[s, 1]]
+        if value < least:
+            if held == layer and _among(owner[s, 1], keep):
+                continue
+            chosen, least = s, value
+    return chosen, least
+
+
+@njit(cache=True, inline="always")
+def _among(expert: int, experts: Array) -> bool:
+    for e in experts:  # noqa: SIM110 (compiled: a generator would be slower)
+        if e == expert:
+            return True
+    return False
+
+
+@njit(cache=True)
+def occupy(
+    owner: Array,
+    occupied: Array,
+    slot: Array,
+    generation: Array,
+    taken: int,
+    layer: int,
+    expert: int,
+) -> None:
+    """Hand a slot to an expert and stamp it anew."""
+    if owner[taken, 0] >= 0:
+        slot[owner[taken, 0], owner[taken, 1]] = -1
+        occupied[owner[taken, 0]] -= 1
+    owner[taken, 0] = layer
+    owner[taken, 1] = expert
+    slot[layer, expert] = taken
+    occupied[layer] += 1
+    generation[taken] += 1
+
+
+@njit(cache=True)
+def claim(
+    worth: Array,
+    owner: Array,
+    references: Array,
+    arrival: Array,
+    occupied: Array,
+    quota: Array,
+    floor: int,
+    by_layer: bool,
+    layer: int,
+    keep: Array,
+    now: float,
+    slot: Array,
+    generation: Array,
+    expert: int,
+    admission: bool,
+) -> tuple[int, int, int, int]:
+    """Evict and occupy in one call: (slot, its stamp, the victim's layer and expert), slot -1 for
+    no."""
+    taken, least = evict(
+        *(worth, owner, references, arrival, occupied, quota, floor, by_layer, layer, keep, now)
+    )
+    if taken < 0 or (admission and worth[layer, expert] <= least):
+        return -1, 0, -1, -1
+    victim_layer, victim = owner[taken, 0], owner[taken, 1]
+    occupy(owner, occupied, slot, generation, taken, layer, expert)
+    arrival[taken] = now
+    return taken, generation[taken], victim_layer, victim
+
+
+@njit(cache=True)
+def claim_each(
+    worth: Array,
+    owner: Array,
+    references: Array,
+    arrival: Array,
+    occupied: Array,
+    quota: Array,
+    floor: int,
+    by_layer: bool,
+    layer: int,
+    keep: Array,
+    now: float,
+    slot: Array,
+    generation: Array,
+    wanted: Array,
+    limit: int,
+    admission: bool,
+) -> Array:
+    """Claim slots for up to `limit` of the absent experts among `wanted`, worthiest first.
+
+    [n, 5]: expert, slot, stamp, and the victim's layer and expert of each claim that succeeded.
+    """
+    claims = np.empty((wanted.size, 5), np.int64)
+    tried = np.zeros(wanted.size, np.bool_)
+    count = 0
+    while count < limit:
+        best = -1
+        for i in range(wanted.size):
+            free = not tried[i] and slot[layer, wanted[i]] < 0
+            if free and (best < 0 or worth[layer, wanted[i]] > worth[layer, wanted[best]]):
+                best = i
+        if best < 0:
+            break
+        tried[best] = True
+        expert = wanted[best]
+        found = claim(
+            *(worth, owner, references, arrival, occupied, quota, floor, by_layer, layer, keep),
+            *(now, slot, generation, expert, admission),
+        )
+        if found[0] < 0:
+            break  # what is worth less will not get a slot either
+        claims[count, 0] = expert
+        claims[count, 1:] = found
+        count += 1
+    return claims[:count]
+
+
+@njit(cache=True)
+def hold_slots(slot: Array, experts: Array, references: Array) -> Array:
+    """Add a reference to the slot of each expert that has one, and return those slots."""
+    held = np.empty(experts.size, np.int64)
+    count = 0
+    for e in experts:
+        if slot[e] >= 0:
+            references[slot[e]] += 1
+            held[count] = slot[e]
+            count += 1
+    return held[:count]
+
+
+@njit(cache=True)
+def release_slots(slots: Array, references: Array) -> int:
+    """Take a reference away from each slot; returns the least count that is left."""
+    least = 0
+    for s in slots:
+        references[s] -= 1
+        least = min(least, references[s])
+    return least

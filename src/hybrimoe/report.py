@@ -1,0 +1,114 @@
+"""What happened and where the time went: text for people, a dict for programs."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hybrimoe.config import Config
+    from hybrimoe.runtime.experts import PooledExperts
+    from hybrimoe.runtime.stats import Stats
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer. ms: mean per launch; experts: mean read per launch; gb_s: weight bytes read."""
+
+    name: str
+    launches: int
+    experts: float
+    ms: float
+    gb_s: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """Totals since the last reset of the statistics. Seconds and bytes unless the name says else."""
+
+    weights: str
+    format: str
+    threads: int
+    expert_bytes_before: int
+    expert_bytes_after: int
+    prefill_tokens: int
+    prefill_s: float
+    decode_tokens: int
+    decode_s: float
+    experts_s: float
+    layers: tuple[LayerReport, ...]
+
+    @classmethod
+    def of(
+        cls,
+        config: Config,
+        layers: list[PooledExperts],
+        stats: Stats,
+        pool_bytes: int,
+        threads: int,
+    ) -> Report:
+        """Put the counters of a runtime together."""
+        return cls(
+            weights=config.weights,
+            format=layers[0].packed.fmt,
+            threads=threads,
+            expert_bytes_before=sum(layer.native_bytes for layer in layers),
+            expert_bytes_after=pool_bytes,
+            prefill_tokens=stats.prefill_tokens,
+            prefill_s=stats.prefill_s,
+            decode_tokens=stats.decode_tokens,
+            decode_s=stats.decode_s,
+            experts_s=sum(layer.seconds for layer in stats.layers),
+            layers=tuple(_layer_report(layer, stats) for layer in layers),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        before, after = self.expert_bytes_before / 2**20, self.expert_bytes_after / 2**20
+        total = self.prefill_s + self.decode_s
+        lines = [
+            f"hybrimoe: {len(self.layers)} layers of experts on the CPU, {self.threads} threads",
+            f"  format    {self.format}: {before:.1f} MiB of experts before, {after:.1f} MiB now",
+            _rate("prefill", self.prefill_tokens, self.prefill_s),
+            _rate("decode", self.decode_tokens, self.decode_s),
+        ]
+        if total > 0:
+            share = self.experts_s / total
+            lines.append(
+                f"  time      {total:.2f} s: experts {share:.0%}, the rest of the model {1 - share:.0%}"
+            )
+        busiest = sorted(self.layers, key=lambda layer: -layer.ms * layer.launches)[:3]
+        lines += [
+            f"  slowest   {layer.name}: {layer.ms:.3f} ms per launch, {layer.experts:.1f} experts, "
+            f"{layer.gb_s:.1f} GB/s of weights"
+            for layer in busiest
+            if layer.launches
+        ]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
+
+
+def _layer_report(layer: PooledExperts, stats: Stats) -> LayerReport:
+    if layer.index >= len(stats.layers) or not stats.layers[layer.index].launches:
+        return LayerReport(layer.name, 0, 0.0, 0.0, 0.0)
+    counts = stats.layers[layer.index]
+    read = counts.activated * layer.packed.layout.expert_bytes
+    return LayerReport(
+        layer.name,
+        counts.launches,
+        counts.activated / counts.launches,
+        counts.seconds / counts.launches * 1e3,
+        read / counts.seconds / 1e9,
+    )
+
+
+def _rate(name: str, tokens: int, seconds: float) -> str:
+    if not tokens:
+        return f"  {name:9} no tokens yet"
+    return f"  {name:9} {tokens} tokens in {seconds:.2f} s: {tokens / seconds:.1f} tokens/s"

@@ -1,0 +1,194 @@
+"""The transformers seam: find the routed experts of a model and describe their weights as views.
+
+transformers 5.7+ decorates every routed-experts class with `use_experts_implementation`, so one
+adapter driven by its flags covers them all. What a gate computes is not guessed from its name: it is
+evaluated on a grid and compared with the formulas the kernels have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hybrimoe.errors import UnsupportedModelError
+from hybrimoe.kernels.activations import NAMES, SOFTCAP, Gate
+
+FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
+ALPHAS, LIMITS = ("alpha", "swiglu_alpha"), ("limit", "swiglu_limit")
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """Views on the weights of one layer's experts; strides say how they are really stored.
+
+    up: [E, M, F, D], M = 2 for gate and up, 1 without a gate. down: [E, D, F].
+    up_bias: [E, M, F] or None; down_bias: [E, D] or None.
+    gate: the formula between the projections. post_norm: applied to each expert's output, if any.
+    parameters: the module's own parameter names behind these views, in the order up, down, biases.
+    """
+
+    up: Tensor
+    down: Tensor
+    gate: Gate
+    up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+    post_norm: nn.Module | None = None
+    parameters: tuple[str, ...] = field(default=("gate_up_proj", "down_proj"))
+
+
+Describe = Callable[[nn.Module], ExpertWeights]
+_ADAPTERS: dict[type[nn.Module], Describe] = {}
+
+
+def register_adapter(experts_class: type[nn.Module], describe: Describe) -> None:
+    """Teach hybrimoe a class of routed experts that transformers does not decorate.
+
+    The class must be called as `experts(hidden_states [T, D], ids [T, K], weights [T, K])` and keep
+    its weights in parameters of its own; `describe(module)` returns them as `ExpertWeights`.
+    """
+    if not (isinstance(experts_class, type) and issubclass(experts_class, nn.Module)):
+        raise TypeError(f"experts_class must be a subclass of nn.Module, got {experts_class!r}")
+    if not callable(describe):
+        raise TypeError(f"describe must be callable, got {describe!r}")
+    _ADAPTERS[experts_class] = describe
+
+
+@dataclass(frozen=True)
+class FoundExperts:
+    """One experts module in a model: where it hangs and how to see its weights."""
+
+    name: str
+    parent: nn.Module
+    attribute: str
+    module: nn.Module
+    describe: Describe
+
+
+def find_experts(model: nn.Module) -> list[FoundExperts]:
+    """All routed experts of a model, in module order; raises UnsupportedModelError if there are none."""
+    found = list(_walk(model))
+    if not found:
+        suspects = sorted({type(m).__name__ for m in model.modules() if _looks_like_experts(m)})
+        why = (
+            f"its experts ({', '.join(suspects)}) do not carry transformers' experts interface; "
+            "hybrimoe.register_adapter can teach them"
+            if suspects
+            else "it has no routed experts (a dense model?)"
+        )
+        raise UnsupportedModelError(f"cannot wrap {type(model).__name__}: {why}")
+    return found
+
+
+def _walk(model: nn.Module) -> Iterator[FoundExperts]:
+    for name, parent in model.named_modules():
+        for attribute, child in parent.named_children():
+            describe = _ADAPTERS.get(type(child)) or (_describe if _is_decorated(child) else None)
+            if describe:
+                path = f"{name}.{attribute}" if name else attribute
+                yield FoundExperts(path, parent, attribute, child, describe)
+
+
+def _is_decorated(module: nn.Module) -> bool:
+    return all(hasattr(module, flag) for flag in FLAGS) and hasattr(module, "down_proj")
+
+
+def _looks_like_experts(module: nn.Module) -> bool:
+    return "expert" in type(module).__name__.lower() and any(True for _ in module.parameters())
+
+
+def _describe(module: Any) -> ExpertWeights:
+    """Views on the parameters of a decorated module, from its flags."""
+    if getattr(module, "_is_expert_parallel", False):
+        raise UnsupportedModelError(f"{type(module).__name__} is expert-parallel; load it without")
+    names = ["gate_up_proj" if module.has_gate else "up_proj", "down_proj"]
+    up, down = (getattr(module, name) for name in names)
+    matrices = 2 if module.has_gate else 1
+    if module.is_transposed:
+        up, down = up.transpose(1, 2), down.transpose(1, 2)
+    up_bias = down_bias = None
+    if module.has_bias:
+        up_bias = _split(getattr(module, f"{names[0]}_bias"), matrices, module.is_concatenated)
+        down_bias = module.down_proj_bias.detach()
+        names += [f"{names[0]}_bias", "down_proj_bias"]
+    return ExpertWeights(
+        _split(up, matrices, module.is_concatenated),
+        down.detach(),
+        find_gate(module),
+        up_bias,
+        down_bias,
+        module.post_expert_norm if module.has_post_expert_norm else None,
+        tuple(names),
+    )
+
+
+def _split(tensor: Tensor, matrices: int, concatenated: bool) -> Tensor:
+    """[E, M * F, ...] as [E, M, F, ...], whether gate and up follow each other or interleave."""
+    size = tensor.shape[1] // matrices
+    if concatenated:
+        return tensor.detach().unflatten(1, (matrices, size))
+    return tensor.detach().unflatten(1, (size, matrices)).transpose(1, 2)
+
+
+def find_gate(module: Any) -> Gate:
+    """The `Gate` whose formula equals what this module computes between its projections."""
+    span = 1.5 * max([8.0, *_numbers(module, LIMITS)])
+    axis = torch.linspace(-span, span, 97)
+    gate, up = torch.meshgrid(axis, axis, indexing="ij")
+    gate, up = gate.reshape(-1), up.reshape(-1)
+    if not module.has_gate:
+        wanted, up = module.act_fn(gate), torch.ones_like(up)
+    elif module.is_concatenated:
+        wanted = module._apply_gate(torch.cat([gate, up]))
+    else:
+        wanted = module._apply_gate(torch.stack([gate, up], 1).reshape(-1))
+    for candidate in _candidates(module):
+        if torch.allclose(evaluate_gate(candidate, gate, up), wanted.float(), rtol=1e-4, atol=1e-4):
+            return candidate
+    raise UnsupportedModelError(
+        f"the gate of {type(module).__name__} is none of the formulas hybrimoe has "
+        f"({', '.join(NAMES)}, with clamps); its act_fn is {getattr(module, 'act_fn', None)}"
+    )
+
+
+def _candidates(module: Any) -> Iterator[Gate]:
+    alphas = _numbers(module, ALPHAS) or [1.0]
+    limits = _numbers(module, LIMITS) + [float("inf")]
+    for limit in limits:
+        for kind in range(len(NAMES) - 1):
+            yield Gate(kind, 1.0, limit)
+        for alpha in (*alphas, 1.702):
+            for offset in (0.0, 1.0):
+                yield Gate(0, alpha, limit, offset)
+    act = getattr(module, "act_fn", None)
+    caps = [
+        cap
+        for name in ("gate_softcap", "up_softcap")
+        for cap in _numbers(getattr(act, name, None), ("softcap",))
+    ]
+    if len(caps) == 2:
+        yield Gate(SOFTCAP, *caps)
+
+
+def _numbers(module: Any, names: tuple[str, ...]) -> list[float]:
+    values = [getattr(module, name, None) for name in names]
+    return [float(value) for value in values if isinstance(value, (int, float))]
+
+
+def evaluate_gate(gate: Gate, g: Tensor, u: Tensor) -> Tensor:
+    """`Gate` in torch, the reference for probing and for the GPU path without Triton."""
+    if gate.kind == SOFTCAP:
+        capped = gate.alpha * torch.tanh(g / gate.alpha) * torch.sigmoid(g)
+        return capped * gate.limit * torch.tanh(u / gate.limit)
+    g, u = g.clamp(max=gate.limit), u.clamp(-gate.limit, gate.limit) + gate.offset
+    acts: tuple[Callable[[Tensor], Tensor], ...] = (
+        lambda x: x * torch.sigmoid(gate.alpha * x),
+        nn.functional.gelu,
+        lambda x: nn.functional.gelu(x, approximate="tanh"),
+        nn.functional.relu,
+        lambda x: nn.functional.relu(x).square(),
+    )
+    return acts[gate.kind](g) * u

@@ -1,0 +1,238 @@
+"""The module that stands where a model's routed experts stood."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hybrimoe.errors import RoutingError, WrappedModelError
+from hybrimoe.kernels.layout import expert_layout
+from hybrimoe.kernels.moe import PackedLayer, run_layer
+from hybrimoe.runtime import formats
+from hybrimoe.runtime.adapters import ExpertWeights, FoundExperts
+from hybrimoe.runtime.pool import ExpertPool, allocate_blobs
+from hybrimoe.runtime.stats import Stats
+
+
+class PooledExperts(nn.Module):
+    """Computes `experts(hidden_states, ids, weights)` from the pool.
+
+    The original module is kept aside, with empty parameters, and comes back by `restore`.
+    """
+
+    def __init__(
+        self, found: FoundExperts, weights: str, pool: ExpertPool, threads: int, stats: Stats
+    ) -> None:
+        super().__init__()
+        described = found.describe(found.module)
+        self.name, self.threads, self.stats, self.pool = found.name, threads, stats, pool
+        self.post_norm = described.post_norm
+        # Kept out of nn.Module's registry: its parameters are not parameters of the model now.
+        self.__dict__["original"] = found.module
+        self.__dict__["found"] = found
+        self.borrowing = threading.Lock()
+        self.shapes = {name: getattr(found.module, name).shape for name in described.parameters}
+        self.dtype = described.up.dtype
+        self.native_bytes = sum(
+            shape.numel() * self.dtype.itemsize for shape in self.shapes.values()
+        )
+        self.index = pool.add(pack_layer(weights, described))
+        self.train(found.module.training)
+
+    @property
+    def packed(self) -> PackedLayer:
+        """This layer's experts in the pool."""
+        return self.pool.layer(self.index)
+
+    def install(self) -> None:
+        """Take the original's place in its parent and drop its weights."""
+        setattr(self.found.parent, self.found.attribute, self)
+        for name in self.shapes:
+            parameter = getattr(self.original, name)
+            parameter.data = torch.empty(0, dtype=self.dtype)
+
+    def restore(self) -> None:
+        """Undo `install`: weights back into the original, the original back into the model."""
+        for name, tensor in self.unpacked().items():
+            getattr(self.original, name).data = tensor
+        self.original.train(self.training)
+        setattr(self.found.parent, self.found.attribute, self.original)
+        self.pool.release(self.index)
+
+    def unpacked(self) -> dict[str, Tensor]:
+        """The weights as the original's parameters hold them: exact where the format is lossless."""
+        tensors = {
+            name: torch.empty(shape, dtype=self.dtype) for name, shape in self.shapes.items()
+        }
+        packed = self.packed
+        formats.unpack(packed.fmt, packed.layout, packed.blobs, self._described(tensors))
+        return tensors
+
+    def reference(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """The original's own arithmetic in float32 on the stored weights; needs one layer of memory."""
+        tensors = {name: tensor.float() for name, tensor in self.unpacked().items()}
+        return self._call_original(tensors, hidden.float(), ids, weights.float())
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states [T, D], top_k_index [T, K], top_k_weights [T, K] -> [T, D]."""
+        wants_grad = hidden_states.requires_grad or top_k_weights.requires_grad
+        if torch.is_grad_enabled() and wants_grad:
+            out: Tensor = _Differentiable.apply(self, hidden_states, top_k_index, top_k_weights)
+            return out
+        return self.compute(hidden_states, top_k_index, top_k_weights)
+
+    @torch.compiler.disable
+    def compute(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """`forward` without gradients."""
+        if self.post_norm is None:
+            return self._launch(hidden, ids, weights)
+        # The norm sees each expert's own output, so every routed pair becomes a token of its own.
+        tokens, k = ids.shape
+        alone = torch.ones(tokens * k, 1)
+        y = self._launch(hidden.repeat_interleave(k, 0), ids.reshape(-1, 1), alone)
+        y = self.post_norm(y).view(tokens, k, -1)  # [T, K, D]
+        return (y * weights.unsqueeze(-1)).sum(1).to(hidden.dtype)
+
+    def _launch(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        if hidden.dtype not in formats.NATIVE or hidden.dim() != 2:
+            raise RoutingError(
+                f"hidden_states must be [T, D] in float32, bfloat16 or float16, got "
+                f"{hidden.dtype} {tuple(hidden.shape)} in {self.name}"
+            )
+        started = time.perf_counter()
+        out = torch.empty(hidden.shape, dtype=hidden.dtype)
+        experts = _numpy(ids.to(torch.int64))
+        run_layer(
+            self.packed,
+            _numpy(hidden),
+            experts,
+            _numpy(weights.to(torch.float32)),
+            _numpy(out),
+            self.pool.workspace,
+            formats.NATIVE[hidden.dtype],
+            self.threads,
+        )
+        self.stats.record(self.index, experts, time.perf_counter() - started)
+        return out
+
+    def _described(self, tensors: dict[str, Tensor]) -> ExpertWeights:
+        """`ExpertWeights` views on other tensors of the original's shapes."""
+        with self.borrowing, _Borrowed(self.original, tensors):
+            return self.found.describe(self.original)
+
+    def _call_original(self, tensors: dict[str, Tensor], *args: Tensor) -> Tensor:
+        with self.borrowing, _Borrowed(self.original, tensors):
+            out: Tensor = self.original(*args)
+        return out
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in self.__dict__.get("shapes", {}):
+                raise AttributeError(
+                    f"{name} is packed in model.hybrimoe.pool; hybrimoe.unwrap(model) restores it"
+                ) from None
+            return getattr(self.__dict__["original"], name)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PooledExperts:
+        refuse_move(fn, self.dtype)
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return]
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, tensor in self.unpacked().items():
+            destination[prefix + name] = tensor
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        raise WrappedModelError(
+            "a wrapped model cannot load a state dict; call hybrimoe.unwrap(model) first"
+        )
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        packed = self.packed
+        experts, size = packed.blobs.shape
+        return f"{experts} experts as {packed.fmt}, {size / 2**20:.2f} MiB each"
+
+
+def refuse_move(fn: Any, dtype: torch.dtype) -> None:
+    """Raise if `fn`, given by `.to()`, `.half()` or `.cuda()`, would leave the experts behind."""
+    probe = torch.empty(0, dtype=dtype)
+    moved = fn(probe)
+    if moved.dtype != probe.dtype or moved.device != probe.device:
+        raise WrappedModelError(
+            f"a wrapped model cannot be moved to {moved.device} or cast to {moved.dtype}: its experts "
+            "live in the pool; call hybrimoe.unwrap(model), move or cast, and wrap again"
+        )
+
+
+class _Borrowed:
+    """Within the block, the original module holds other tensors as its parameters."""
+
+    def __init__(self, module: nn.Module, tensors: dict[str, Tensor]) -> None:
+        self.parameters = {name: getattr(module, name) for name in tensors}
+        self.tensors = tensors
+
+    def __enter__(self) -> None:
+        self.saved = {name: p.data for name, p in self.parameters.items()}
+        self.wanted_grad = {name: p.requires_grad for name, p in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            parameter.requires_grad_(False)
+            parameter.data = self.tensors[name]
+
+    def __exit__(self, *_: object) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.data = self.saved[name]
+            parameter.requires_grad_(self.wanted_grad[name])
+
+
+class _Differentiable(torch.autograd.Function):
+    """Forward by the kernels; gradients of inputs by the original arithmetic on unpacked weights.
+
+    Experts themselves are frozen: they have no parameters here, so none gets a silent zero.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, layer: PooledExperts, hidden: Tensor, ids: Tensor, weights: Tensor
+    ) -> Tensor:
+        ctx.layer = layer
+        ctx.save_for_backward(hidden, ids, weights)
+        return layer.compute(hidden, ids, weights)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None, None, Tensor | None]:
+        hidden, ids, weights = ctx.saved_tensors
+        hidden = hidden.detach().requires_grad_()
+        weights = weights.detach().requires_grad_()
+        with torch.enable_grad():
+            tensors = ctx.layer.unpacked()
+            if hidden.dtype != ctx.layer.dtype:
+                tensors = {name: tensor.to(hidden.dtype) for name, tensor in tensors.items()}
+            out = ctx.layer._call_original(tensors, hidden, ids, weights)
+            to_hidden, to_weights = torch.autograd.grad(out, (hidden, weights), grads[0])
+        return None, to_hidden, None, to_weights
+
+
+def pack_layer(weights: str, described: ExpertWeights) -> PackedLayer:
+    """Pack the experts of one layer into memory of their own."""
+    experts, matrices, inner, hidden = described.up.shape
+    fmt = formats.format_of(weights, described.up.dtype)
+    layout = expert_layout(fmt, hidden, inner, matrices == 2, described.up_bias is not None)
+    blobs = allocate_blobs(experts, layout)
+    formats.pack(fmt, layout, described, blobs)
+    return PackedLayer(fmt, layout, described.gate, hidden, blobs)
+
+
+def _numpy(tensor: Tensor) -> np.ndarray:
+    tensor = tensor.detach().contiguous()
+    if tensor.dtype in (torch.bfloat16, torch.float16):
+        tensor = tensor.view(torch.uint16)
+    array: np.ndarray = tensor.numpy()
+    return array

@@ -1,0 +1,122 @@
+"""How experts are stored: torch weights to blobs and back."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from hybrimoe.errors import FormatError
+from hybrimoe.kernels import packing
+from hybrimoe.kernels.dtypes import DTYPES
+from hybrimoe.kernels.layout import QUANTIZED, Layout
+from hybrimoe.kernels.rows import FORMATS
+from hybrimoe.kernels.threads import launch
+
+if TYPE_CHECKING:
+    from hybrimoe.runtime.adapters import ExpertWeights
+
+NATIVE = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+"""Formats that keep every bit, by the dtype they keep."""
+LARGEST = {"int4": 8 * 65504.0, "int8": 127 * 65504.0}
+"""Weights beyond this need a scale that float16 cannot hold."""
+BOUNDS = {"float32": 1e-9, "float16": 1e-6, "bfloat16": 1e-4, "int8": 2e-4, "int4": 2e-4}
+"""NMSE of a layer against float32 arithmetic on the stored weights that `verify` accepts."""
+
+
+def format_of(weights: str, dtype: torch.dtype) -> str:
+    """The blob format for a `Config.weights` choice and a checkpoint dtype."""
+    if dtype not in NATIVE:
+        raise FormatError(f"expert weights must be float32, bfloat16 or float16, got {dtype}")
+    return NATIVE[dtype] if weights == "native" else weights
+
+
+def is_lossless(fmt: str) -> bool:
+    """Whether unpacking gives back the very bits that were packed."""
+    return fmt not in QUANTIZED
+
+
+def check_range(name: str, fmt: str, tensors: list[torch.Tensor]) -> None:
+    """Raise FormatError if a quantized format cannot hold these weights; reads, never copies."""
+    if is_lossless(fmt):
+        return
+    for tensor in tensors:
+        low, high = (float(bound) for bound in torch.aminmax(tensor))
+        extreme = max(-low, high)
+        if not extreme <= LARGEST[fmt]:  # written so that NaN fails
+            raise FormatError(
+                f"weights={fmt!r} needs finite expert weights of magnitude at most "
+                f"{LARGEST[fmt]:g}, got {'NaN' if math.isnan(extreme) else f'{extreme:g}'} in {name}"
+            )
+
+
+def pack(fmt: str, layout: Layout, weights: ExpertWeights, blobs: np.ndarray) -> None:
+    """Fill `blobs` [E, expert_bytes] uint8 with all experts of one layer."""
+    _convert(packing.pack_experts, fmt, layout, weights, blobs)
+    if layout.bias_at:
+        for shard, up, down in _bias_views(layout, blobs):
+            _place(weights, layout, shard, up, down)
+
+
+def unpack(fmt: str, layout: Layout, blobs: np.ndarray, weights: ExpertWeights) -> None:
+    """Fill the tensors of `weights` from `blobs`: the inverse of `pack`, up to rounding."""
+    _convert(packing.unpack_experts, fmt, layout, weights, blobs)
+    if layout.bias_at:
+        inner = weights.up.shape[2]
+        for shard, up, down in _bias_views(layout, blobs):
+            at = shard * layout.width
+            part = weights.up_bias[:, :, at : at + layout.width]
+            part.copy_(torch.from_numpy(up)[:, :, : max(0, min(layout.width, inner - at))])
+            if shard == 0:
+                weights.down_bias.copy_(torch.from_numpy(down)[:, : weights.down_bias.shape[1]])
+
+
+def _place(weights: ExpertWeights, layout: Layout, shard: int, up: Any, down: Any) -> None:
+    at, hidden = shard * layout.width, weights.down_bias.shape[1]
+    part = weights.up_bias[:, :, at : at + layout.width].float().numpy()
+    up[:], down[:] = 0, 0
+    up[:, :, : part.shape[2]] = part
+    if shard == 0:  # added once per expert, by its first shard
+        down[:, :hidden] = weights.down_bias.float().numpy()
+
+
+def _bias_views(layout: Layout, blobs: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:
+    """Per shard: its index, gate and up biases [E, M, width] and down biases [E, D] as views."""
+    floats, views = blobs.view(np.float32), []
+    for shard in range(layout.shards):
+        at = (shard * layout.shard_bytes + layout.bias_at) // 4
+        size = layout.matrices * layout.width
+        up = floats[:, at : at + size].reshape(len(blobs), layout.matrices, layout.width)
+        views.append((shard, up, floats[:, at + size : at + size + layout.hidden]))
+    return views
+
+
+def _convert(
+    kernel: Any, fmt: str, layout: Layout, weights: ExpertWeights, blobs: np.ndarray
+) -> None:
+    dtype = DTYPES[NATIVE[weights.up.dtype]]
+    threads = launch.threads()
+    up, down = weights.up, weights.down  # [E, M, F, D], [E, D, F], any strides
+    # fmt: off
+    tensors = packing.Weights(
+        _flat(up), packing.Strides(*up.stride()),
+        _flat(down), packing.Strides(down.stride(0), 0, down.stride(1), down.stride(2)),
+        up.shape[3], up.shape[2],
+    )
+    # fmt: on
+    rows, work = np.empty((threads, 32), np.float32), np.zeros(8, np.int64)
+    with launch.lock:
+        kernel(FORMATS[fmt], dtype, threads, layout, tensors, blobs, rows, work)
+    if work[1]:
+        raise FormatError(f"{work[1]} groups of 32 weights cannot be stored as {fmt}: not finite")
+
+
+def _flat(tensor: torch.Tensor) -> np.ndarray:
+    """All of a tensor's storage from its first element on, as one numpy array (uint16 for halves)."""
+    size = tensor.untyped_storage().nbytes() // tensor.element_size() - tensor.storage_offset()
+    flat = tensor.detach().as_strided((size,), (1,))
+    halves = tensor.dtype in (torch.bfloat16, torch.float16)
+    array: np.ndarray = (flat.view(torch.uint16) if halves else flat).numpy()
+    return array

@@ -1,0 +1,64 @@
+"""Counters of one wrapped model: what ran, how long, how many bytes it read."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+@dataclass
+class LayerStats:
+    """One layer's totals. pairs: tokens times experts; activated: experts read, per launch."""
+
+    launches: int = 0
+    tokens: int = 0
+    pairs: int = 0
+    activated: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class Stats:
+    """Totals since the last reset. A pass with one token per sequence is decode, else prefill."""
+
+    layers: list[LayerStats] = field(default_factory=list)
+    prefill_s: float = 0.0
+    prefill_tokens: int = 0
+    decode_s: float = 0.0
+    decode_tokens: int = 0
+    _entered: float = 0.0
+
+    def record(self, layer: int, ids: np.ndarray, seconds: float) -> None:
+        """Count one launch of a layer; ids [T, K]."""
+        while len(self.layers) <= layer:
+            self.layers.append(LayerStats())
+        counts = self.layers[layer]
+        counts.launches += 1
+        counts.tokens += ids.shape[0]
+        counts.pairs += ids.size
+        counts.activated += np.unique(ids).size if ids.shape[0] > 1 else ids.size
+        counts.seconds += seconds
+
+    def reset(self) -> None:
+        """Forget everything counted so far."""
+        self.__init__()  # type: ignore[misc]
+
+    def enter(self, module: Any, args: Any, kwargs: Any) -> None:
+        """Forward pre-hook of the model: the clock of a pass starts."""
+        self._entered = time.perf_counter()
+
+    def leave(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        """Forward hook of the model: the clock stops; the shape tells prefill from decode."""
+        seconds = time.perf_counter() - self._entered
+        ids = kwargs.get("input_ids", args[0] if args else kwargs.get("inputs_embeds"))
+        batch, length = (
+            (ids.shape[0], ids.shape[1]) if ids is not None and ids.dim() > 1 else (1, 1)
+        )
+        if length == 1:
+            self.decode_s, self.decode_tokens = self.decode_s + seconds, self.decode_tokens + batch
+        else:
+            self.prefill_s += seconds
+            self.prefill_tokens += batch * length
