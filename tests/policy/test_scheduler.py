@@ -138,9 +138,17 @@ class TestHybrid(SchedulerContract):
     def test_never_slower_than_a_pure_mode(self, case) -> None:
         assert Hybrid().plan(*case).makespan <= pure(*case) * (1 + 1e-12)
 
+    @given(layers())
+    @examples(100)
+    def test_no_single_expert_is_better_off_on_the_other_side(self, case) -> None:
+        plan = Hybrid().plan(*case)
+        for i in range(plan.shards.size):
+            on_gpu = plan.shards > 0
+            on_gpu[i] = not on_gpu[i]
+            assert price(on_gpu, *case) >= plan.makespan * (1 - 1e-8)
+
     def test_the_papers_example_steals_a_resident_and_copies_an_absent_expert(self) -> None:
         # Fig. 5: the GPU takes 1 unit per expert, the CPU one per token, a copy 3 units.
-        cost = make_cost(cpu_first=0.0, cpu_expert=1e-9, cpu_expert_contended=1e-9, gpu_token=0.0)
         cost = make_cost(
             cpu_first=0.0,
             cpu_expert=1e-9,

@@ -128,9 +128,8 @@ def check_arguments(
 
 
 def _strides(layer: PackedLayer, threads: int) -> Strides:
-    """Long runs of down rows keep memory streaming; eight chunks per thread keep threads even."""
-    blocks = layer.layout.hidden // 16
-    chunk = min(16, max(1, blocks // (8 * threads)))
+    """Row strides, and down tiles long enough to stream: two per thread, at most 512 rows."""
+    chunk = min(32, max(1, layer.layout.hidden // 16 // (2 * threads)))
     x, h = layer.layout.hidden, layer.layout.inner
     return Strides(activation_bytes(layer.fmt, x), activation_bytes(layer.fmt, h), chunk)
 

@@ -7,6 +7,7 @@ from numba.extending import overload
 
 from hybrimoe.kernels.dtypes import DTYPES, narrow, widen
 from hybrimoe.kernels.jit import INLINED, inner, kernel
+from hybrimoe.kernels.rows import HIGHEST
 from hybrimoe.kernels.simd import take
 from hybrimoe.kernels.threads import fork_join
 
@@ -161,10 +162,11 @@ def _scale(row, levels, signed, blob, at, work):
     extreme = -extreme if signed else abs(extreme)
     bits = narrow(F16, extreme / np.float32(levels))
     blob.view(np.uint16)[at // 2] = bits
-    scale, broken = widen(F16, bits), np.float32(0)
+    scale = widen(F16, bits)
+    finite = abs(scale) <= HIGHEST
     for i in range(32):
-        broken += row[i] * scale - row[i] * scale  # NaN if a weight or the scale is not finite
-    if not broken == 0:
+        finite &= abs(row[i]) <= HIGHEST  # false for NaN too
+    if not finite:
         work[1] += 1
     return scale
 
@@ -179,8 +181,8 @@ def _pack_int4(fmt, row, blob, at, lane, g, work):
     inverse, start = _inverse(scale), at + g * 288 + lane * 4
     for j in range(4):
         for b in range(4):
-            low = min(np.int32(np.rint(row[j * 8 + b] * inverse)) + 8, 15)
-            high = min(np.int32(np.rint(row[j * 8 + 4 + b] * inverse)) + 8, 15)
+            low = max(0, min(np.int32(np.rint(row[j * 8 + b] * inverse)) + 8, 15))
+            high = max(0, min(np.int32(np.rint(row[j * 8 + 4 + b] * inverse)) + 8, 15))
             blob[start + j * 64 + b] = low | (high << 4)
 
 

@@ -32,6 +32,7 @@ from hybrimoe.kernels.simd import (
 FORMATS = {name: Tag("format", name) for name in ("int4", "int8", "bfloat16", "float16", "float32")}
 ACTIVATION_GROUP = 40
 """Bytes of 32 quantized activations: 32 int8, their scale, minus 8 times their sum."""
+HIGHEST, NAN = np.finfo(np.float32).max, np.float32(np.nan)
 
 
 def activation_bytes(fmt: str, columns: int) -> int:
@@ -112,18 +113,17 @@ def _quantized(fmt, source, at, rows, row_at, group):
     """Write source[at : at + 32] as one activation group of the row at byte `row_at`."""
     start = row_at + group * 40
     ints, floats, quads = rows.view(np.int8), rows.view(np.float32), rows.view(np.int32)
-    largest, broken = np.float32(1e-30), np.float32(0)
+    largest, finite = np.float32(1e-30), True
     for i in range(32):
-        value = source[at + i]
-        magnitude = abs(value)
+        magnitude = abs(source[at + i])
         largest = magnitude if magnitude > largest else largest
-        broken += value - value  # NaN for NaN and inf, which the int8 would hide
+        finite &= magnitude <= HIGHEST  # not a sum of x - x: `reassoc` makes that zero even for NaN
     inverse, total = np.float32(127) / largest, np.int32(0)
     for i in range(32):
         q = np.int32(np.rint(source[at + i] * inverse))
         ints[start + i] = q
         total += q
-    floats[(start + 32) // 4] = largest / np.float32(127) + broken
+    floats[(start + 32) // 4] = largest / np.float32(127) if finite else NAN
     quads[(start + 36) // 4] = np.int32(-8) * total
 
 

@@ -102,6 +102,8 @@ def detect_isa():
     wanted = os.environ.get("HYBRIMOE_ISA")
     if wanted is not None and wanted not in ISAS:
         raise ValueError(f"HYBRIMOE_ISA must be one of {', '.join(ISAS)}, got {wanted!r}")
+    if wanted is not None and not runs_here(wanted):
+        raise ValueError(f"HYBRIMOE_ISA={wanted} needs instructions that this machine lacks")
     return wanted or next(isa for isa in ISAS if runs_here(isa))
 
 
@@ -398,6 +400,19 @@ def load_bf16_odd(typing, array, offset):
         return builder.bitcast(masked, FLOATS.llvm)
 
     return _load_floats(array, widen)
+
+
+@intrinsic
+def prefetch(typing, array, offset):
+    """Ask for the cache line at byte `offset`; an address outside the array is harmless."""
+
+    def codegen(context, builder, sig, args):
+        place = _address(context, builder, array, *args)
+        hints = [I32(0), I32(3), I32(1)]  # to read, into all caches, data
+        _call(builder, "llvm.prefetch.p0", ir.VoidType(), [place, *hints])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), codegen
 
 
 @intrinsic

@@ -119,6 +119,11 @@ class Cache:
         )
         return int(slot), float(worth)
 
+    def rate_in(self, slot: int) -> float:
+        """How often the expert in a slot was used of late, 0 for an empty slot."""
+        layer, expert = self.owner.item(slot, 0), self.owner.item(slot, 1)
+        return 0.0 if layer < 0 else float(self.books.rate.item(layer, expert))
+
     def admit(
         self,
         layer: int,

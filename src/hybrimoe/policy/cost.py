@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 import os
-import tempfile
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +53,7 @@ class CostModel:
     cpu_expert_contended: `cpu_expert` while the link copies; link_bandwidth_contended: the reverse.
     dense_read, dense_token, dense_launch: all other work of a layer on the GPU, same law.
     plan_s, forecast_s: host seconds per layer for planning, and for forecasting and prefetching.
+    Derived: load_s, one expert over the link; contention_s, what that adds to CPU work beside it.
     """
 
     cpu_first: float
@@ -73,11 +74,16 @@ class CostModel:
     plan_s: float = 0.0
     forecast_s: float = 0.0
     vector: Array = field(init=False, repr=False, compare=False)
+    load_s: float = field(init=False, repr=False, compare=False)
+    contention_s: float = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for item in _fields():
             _check(item.name, getattr(self, item.name))
+        slower = 1 - self.cpu_expert / max(self.cpu_expert_contended, self.cpu_expert)
         object.__setattr__(self, "vector", self._vector())
+        object.__setattr__(self, "load_s", self.link(self.expert_bytes))
+        object.__setattr__(self, "contention_s", self.load_s * slower)
 
     def cpu(self, tokens: int, first: bool = True, contended: bool = False) -> float:
         """Seconds for one expert on the CPU."""
@@ -153,15 +159,15 @@ class CostModel:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace a file in one step, so that an interruption leaves the old one whole."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    part = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(part, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(name, path)
+        os.replace(part, path)
     except BaseException:
-        os.unlink(name)
+        part.unlink(missing_ok=True)
         raise
 
 

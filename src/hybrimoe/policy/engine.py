@@ -16,6 +16,8 @@ from hybrimoe.policy.routing import Forecast, Load
 from hybrimoe.policy.scheduler import Plan, Scheduler, validate
 from hybrimoe.policy.timeline import Array, Lane, Timeline
 
+LINK = int(Lane.LINK)
+
 
 class Executor(Protocol):
     """Carries plans out, and writes onto the timeline when each lane will be free.
@@ -51,6 +53,7 @@ class Engine:
     forecaster: makes the forecasts of layers for which the caller has none.
     piece_s: background copies go in runs of shards of about this long, so that a copy the next
         layer waits for is never held up for longer.
+    backlog: with so many copies unfinished, a divided expert passes through instead of staying.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class Engine:
         timeline: Timeline | None = None,
         forecaster: Markov | None = None,
         piece_s: float = 150e-6,
+        backlog: int = 2,
     ) -> None:
         self.policies, self.cache, self.cost, self.executor = policies, cache, cost, executor
         self.timeline = Timeline() if timeline is None else timeline
@@ -72,6 +76,7 @@ class Engine:
         self.hits = self.misses = self.late = 0
         shard_s = cost.link(cost.expert_bytes) / cost.shards
         self.piece = min(max(round(piece_s / shard_s), 1), cost.shards)
+        self.backlog = backlog
         self._pending: list[Move] = []  # slots claimed in the background, and what they still lack
         self._period = 0.0  # seconds from one layer's start to the next, as last seen
         self._started = 0.0
@@ -108,12 +113,15 @@ class Engine:
         """A slot for each expert the plan copies: one that stays, or one to pass through."""
         moves, cache, shards = [], self.cache, self.cost.shards
         layer, now = load.layer, self.timeline.now
-        copies = plan.copies
+        share = dict(zip(load.experts.tolist(), plan.shards.tolist()))
+        copies = wanted = plan.copies
+        if len(self._pending) >= self.backlog:  # a slot that waits for its rest serves nobody
+            whole = [e for e in copies.tolist() if share[e] == shards]
+            wanted = np.array(whole, np.int32)
         staying = {
             move.expert: move
-            for move in cache.admit_each(layer, copies, load.experts, now, copies.size)
+            for move in cache.admit_each(layer, wanted, load.experts, now, wanted.size)
         }
-        share = dict(zip(load.experts.tolist(), plan.shards.tolist()))
         for expert in copies.tolist():
             move = staying.get(expert) or self._claimed(layer, expert)
             part = share[expert]
@@ -142,15 +150,15 @@ class Engine:
         following = max(idle, timeline.now + self._period)
         seen = self._forecasts(load, forecasts, following) if self.depth else []
         self._send(idle)
-        if self.cache.ranking.backfill and plan.cpu.size and timeline.free[Lane.LINK] < idle:
+        if self.cache.ranking.backfill and plan.cpu.size and timeline.free[LINK] < idle:
             self._backfill(load, plan, idle)
-        if seen and timeline.free[Lane.LINK] < idle:
+        if seen and timeline.free[LINK] < idle:
             self._prefetch(seen, idle)
 
     def _send(self, idle: float) -> None:
         """Copy what is pending, piece by piece, as far as it starts before `idle` ends."""
         pending, timeline, shards = self._pending, self.timeline, self.cost.shards
-        while pending and timeline.free[Lane.LINK] < idle:
+        while pending and timeline.free[LINK] < idle:
             move = pending[0]
             layer, expert, slot, generation, first, _, victim = move
             if self.cache.generation[slot] != generation:
@@ -173,7 +181,7 @@ class Engine:
     def _backfill(self, load: Load, plan: Plan, idle: float) -> None:
         """Copy experts that missed and ran on the CPU, the worthiest first."""
         cache, timeline = self.cache, self.timeline
-        while timeline.free[Lane.LINK] < idle:
+        while timeline.free[LINK] < idle:
             moves = cache.admit_each(load.layer, plan.cpu, load.experts, timeline.now, 1)
             if not moves:
                 return
@@ -189,7 +197,7 @@ class Engine:
             move = cache.admit(layer, expert, keep, timeline.now, force=True)
             if move is not None:
                 self._enqueue(move, idle)
-            if timeline.free[Lane.LINK] >= idle:
+            if timeline.free[LINK] >= idle:
                 return
 
     def _forecasts(self, load: Load, given: Sequence[Forecast], following: float) -> list[Forecast]:

@@ -135,11 +135,10 @@ def _wire(
 
 @njit(cache=True)
 def hybrid(tokens: Array, ready: Array, lanes: Array, cost: Array, share: Array) -> float:
-    """The paper's greedy (section IV-B), then refusals until no single one lowers the makespan."""
+    """The paper's greedy (section IV-B) or a pure mode, then single moves while they save time."""
     order = by_tokens(tokens)
     _greedy(tokens, ready, lanes, cost, share, order)
     best = makespan(tokens, ready, lanes, cost, share, order)
-    best = _refuse(tokens, ready, lanes, cost, share, order, best)
     trial = np.empty_like(share)
     for mode in range(3):
         for i in range(tokens.size):
@@ -149,7 +148,7 @@ def hybrid(tokens: Array, ready: Array, lanes: Array, cost: Array, share: Array)
         if seconds < best:
             best = seconds
             share[:] = trial
-    return float(best)
+    return float(_refuse(tokens, ready, lanes, cost, share, order, best))
 
 
 @njit(cache=True)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numba import njit
 
 from hybrimoe.errors import ConfigError
 from hybrimoe.policy.cache import Cache
@@ -13,6 +14,7 @@ from hybrimoe.policy.routing import Forecast, Load
 from hybrimoe.policy.scheduler import Scheduler
 from hybrimoe.policy.timeline import Array, Lane, Timeline
 
+LINK = int(Lane.LINK)
 NO_SCORES = np.zeros(0, np.float32)
 
 
@@ -106,39 +108,65 @@ class Impact(Prefetcher):
         cost: CostModel,
     ) -> list[tuple[int, int]]:
         found: list[tuple[float, int, int]] = []
-        load_s = cost.link(cost.expert_bytes)
-        landed = max(float(timeline.free[Lane.LINK]), timeline.now) + load_s
+        landed = max(float(timeline.free[LINK]), timeline.now) + cost.load_s
+        then = Timeline()
         for forecast in forecasts:
             layer, experts = forecast.layer, forecast.experts
-            start = max(forecast.start, timeline.now)
+            then.now = start = max(forecast.start, timeline.now)
             ready = cache.ready(layer, experts, start)
-            if np.inf not in ready:
+            if not has_absent(ready):
                 continue
             load = Load(layer, experts, forecast.tokens, NO_SCORES)
-            then = Timeline(start)
             gains = scheduler.gains(load, ready, then, cost, max(landed - start, 0.0))
-            value = self._value(forecast, gains, cache, timeline, cost)
-            kept = np.flatnonzero((value > 0) & (ready == np.inf))
-            found += [(float(value[i]), layer, int(experts[i])) for i in kept]
+            value = self._value(forecast, gains, ready, cache, timeline, cost)
+            found += [(v, layer, e) for v, e in zip(value.tolist(), experts.tolist()) if v > 0]
         found.sort(key=lambda item: -item[0])
         return [(layer, expert) for _, layer, expert in found]
 
     def _value(
-        self, forecast: Forecast, gains: Array, cache: Cache, timeline: Timeline, cost: CostModel
+        self,
+        forecast: Forecast,
+        gains: Array,
+        ready: Array,
+        cache: Cache,
+        timeline: Timeline,
+        cost: CostModel,
     ) -> Array:
-        if not self.gated:
-            return gains * forecast.probability
-        slot, _ = cache.victim(forecast.layer, forecast.experts, timeline.now)
-        if slot < 0:
-            return np.zeros_like(gains)
-        layer, victim = cache.owner[slot]
-        lost = cache.books.rate[layer, victim] if layer >= 0 else 0.0
-        rate = cache.books.rate[forecast.layer, forecast.experts]
-        kept = forecast.probability + (self.horizon - 1.0) * rate - self.horizon * lost
-        value: Array = gains * kept - contention(cost)
+        layer, experts, chance = forecast.layer, forecast.experts, forecast.probability
+        rate, lost, horizon, price = cache.books.rate, 0.0, 1.0, 0.0
+        if self.gated:
+            slot, _ = cache.victim(layer, experts, timeline.now)
+            if slot < 0:
+                return np.zeros(experts.size)
+            lost, horizon, price = cache.rate_in(slot), self.horizon, cost.contention_s
+        value: Array = net(gains, chance, ready, rate[layer], experts, lost, horizon, price)
         return value
 
 
-def contention(cost: CostModel) -> float:
-    """Seconds by which CPU work beside it is slower for one expert's copy."""
-    return cost.link(cost.expert_bytes) * (1 - cost.cpu_expert / cost.cpu_expert_contended)
+@njit(cache=True)
+def has_absent(ready: Array) -> bool:
+    """Whether any expert has no slot."""
+    for r in ready:  # noqa: SIM110 (compiled: a generator would be slower)
+        if r == np.inf:
+            return True
+    return False
+
+
+@njit(cache=True)
+def net(
+    gains: Array,
+    chance: Array,
+    ready: Array,
+    rate: Array,
+    experts: Array,
+    lost: float,
+    horizon: float,
+    price: float,
+) -> Array:
+    """What a copy of each expert is worth in expected seconds, 0 for those that have a slot."""
+    value = np.zeros(experts.size)
+    for i in range(experts.size):
+        if ready[i] == np.inf:
+            used = chance[i] + (horizon - 1.0) * rate[experts[i]] - horizon * lost
+            value[i] = gains[i] * used - price
+    return value

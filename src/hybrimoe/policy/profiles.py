@@ -119,7 +119,7 @@ class Profile:
 
 # Common to all: a pinned copy starts within 10 us and a kernel launch from Python takes 5 us (2 to
 # 10 us by CUDA's own figures); a layer's attention, norms and router are about 12 such launches.
-# The policy's own work is what benchmarks/overhead.py measures on one core: about 12 us to plan one
+# The policy's own work was measured on one core of a small virtual machine: about 12 us to plan one
 # layer, 15 us to forecast and choose prefetches. The CPU's hand-over is one synchronisation, two
 # copies of one token's activations, and waking the threads.
 A6000 = Profile(

@@ -22,6 +22,8 @@ from hybrimoe.policy.routing import Load, RoutingTrace
 from hybrimoe.policy.scheduler import Plan, Scheduler
 from hybrimoe.policy.timeline import Array, Lane, Span, Timeline
 
+CPU, GPU, LINK, POLICY = (int(lane) for lane in Lane)  # indexing by the enum is slower
+
 
 @dataclass(frozen=True)
 class Result:
@@ -69,12 +71,12 @@ class SimExecutor:
     def dense(self, layer: int, tokens: int, timeline: Timeline) -> None:
         """The rest of the layer, before its experts."""
         seconds = self.cost.dense(tokens)
-        self.busy[Lane.GPU] += seconds
+        self.busy[GPU] += seconds
         timeline.now = timeline.push(Lane.GPU, seconds, what=f"dense {layer}")
 
     def policy(self, seconds: float, wait: bool, timeline: Timeline) -> None:
         """Host work of the policies; planning holds up the layer, prefetching does not."""
-        self.busy[Lane.POLICY] += seconds
+        self.busy[POLICY] += seconds
         end = timeline.push(Lane.POLICY, seconds, what="policy")
         if wait:
             timeline.now = end
@@ -83,20 +85,20 @@ class SimExecutor:
         self, load: Load, plan: Plan, ready: Array, moves: list[Move], timeline: Timeline
     ) -> None:
         vector, now = self.cost.vector, timeline.now
-        link = timeline.free[Lane.LINK]
+        link = timeline.free[LINK]
         gpu, link_end, start, alone, contended = _execute(
             load.tokens, ready, plan.shards, timeline.free, now, vector
         )
         self._layer, self._experts = load.layer, (plan.gpu.size, plan.cpu.size)
         self._end, self._cpu = gpu, (start, alone, contended)
-        self.busy[Lane.GPU] += _gpu_work(load.tokens, plan.shards, vector)
+        self.busy[GPU] += _gpu_work(load.tokens, plan.shards, vector)
         if moves:
             shards = int(plan.shards.sum(where=np.isinf(ready)))
             self.uploads += len(moves)
             self.link_bytes += self.cost.expert_bytes * shards // self.cost.shards
-            self.busy[Lane.LINK] += link_end - max(link, now)
-            timeline.free[Lane.LINK] = link_end
-        timeline.free[Lane.GPU] = gpu
+            self.busy[LINK] += link_end - max(link, now)
+            timeline.free[LINK] = link_end
+        timeline.free[GPU] = gpu
         if timeline.spans is not None:
             self._draw(load, plan, timeline, now, max(link, now), link_end)
 
@@ -107,15 +109,15 @@ class SimExecutor:
         seconds = cost.link(size, contended=self._cpu[1] > 0.0)
         self.uploads += move.first == 0
         self.link_bytes += size
-        self.busy[Lane.LINK] += seconds
+        self.busy[LINK] += seconds
         return timeline.push(Lane.LINK, seconds, what=f"copy {move.layer}.{move.expert}")
 
     def join(self, timeline: Timeline) -> None:
         start, alone, contended = self._cpu
         end = self._end
         if alone > 0.0:
-            done = cpu_end(start, alone, contended, float(timeline.free[Lane.LINK]))
-            self.busy[Lane.CPU] += done - start + self.cost.cpu_first
+            done = cpu_end(start, alone, contended, float(timeline.free[LINK]))
+            self.busy[CPU] += done - start + self.cost.cpu_first
             if timeline.spans is not None:
                 first = start - self.cost.cpu_first
                 what = f"{self._experts[1]} experts"
@@ -131,7 +133,7 @@ class SimExecutor:
         assert spans is not None
         layer, tokens = load.layer, int(load.tokens.sum())
         if plan.gpu.size:
-            seconds = timeline.free[Lane.GPU] - now
+            seconds = timeline.free[GPU] - now
             what = f"{plan.gpu.size} experts"
             spans.append(Span(Lane.GPU, now, seconds, what, layer, plan.gpu.size, tokens))
         if plan.copies.size:
