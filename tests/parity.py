@@ -2,30 +2,34 @@
 
 import copy
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import families
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import hybrimoe
 
 TOKENS = 64
-LOOSE = 5e-4
-"""NMSE of bfloat16 logits beyond which the rounding of the model itself is looked at."""
+CLOSE = 5e-4
+"""NMSE of bfloat16 logits within which two models compute the same."""
+measured: "list[Parity]" = []
 
 
 @dataclass(frozen=True)
 class Parity:
-    """One family. Errors are wrapped against unwrapped.
+    """One family, wrapped against unwrapped.
 
     float32, padded, single: largest violation of |a - b| <= 1e-4 + 1e-4 |b|, as a share of the
     right side: at most 1 is within it. greedy: equal tokens of 64, None without generate.
-    bfloat16: NMSE of logits. rounding, wrapped_rounding: NMSE of the unwrapped and of the wrapped
-    bfloat16 model against the same weights computed in float32. restored: bit-equal after unwrap.
+    bfloat16: NMSE of logits; bfloat16_routed: the same while the wrapped model takes the experts
+    that the unwrapped one took. rounding, wrapped_rounding: NMSE of the unwrapped and of the
+    wrapped bfloat16 model against the same weights computed in float32: large where rounding
+    alone makes a router choose other experts. restored: logits are bit-equal after unwrap.
     """
 
     name: str
@@ -35,6 +39,7 @@ class Parity:
     single: float
     greedy: int | None
     bfloat16: float
+    bfloat16_routed: float
     rounding: float
     wrapped_rounding: float
     restored: bool
@@ -42,9 +47,10 @@ class Parity:
     def __str__(self) -> str:
         greedy = "no generate" if self.greedy is None else f"{self.greedy}/{TOKENS} greedy"
         return (
-            f"{self.name:50} float32 {self.float32:.3f} padded {self.padded:.3f} single "
-            f"{self.single:.3f} of tolerance, {greedy:12} bfloat16 NMSE {self.bfloat16:.1e} "
-            f"(rounding: unwrapped {self.rounding:.1e}, wrapped {self.wrapped_rounding:.1e})"
+            f"{self.name:46} float32 {max(self.float32, self.padded, self.single):.3f} of tolerance, "
+            f"{greedy:12}, bfloat16 NMSE {self.bfloat16:.1e}, same experts "
+            f"{self.bfloat16_routed:.1e}; to float32: unwrapped {self.rounding:.1e}, wrapped "
+            f"{self.wrapped_rounding:.1e}"
         )
 
 
@@ -62,52 +68,87 @@ def measure(name: str) -> Parity:
         after = [families.logits(model, case) for case in (given, padded, single)]
         again = _greedy(name, model, padded)
     real = padded["attention_mask"].bool()
-    before[1], after[1] = before[1][real], after[1][real]
-    errors = [violation(a, b) for a, b in zip(after, before)]
-    equal = None if tokens is None else int((tokens == again).sum(1).min()) - given_length(given)
+    errors = [
+        violation(after[0], before[0]),
+        violation(after[1][real], before[1][real]),
+        violation(after[2], before[2]),
+    ]
+    greedy = None if tokens is None else int((tokens == again)[:, -TOKENS:].sum(1).min())
     restored = torch.equal(families.logits(model, given), before[0])
-    return Parity(name, layers, *errors, equal, *_halves(name), restored)
+    result = Parity(name, layers, *errors, greedy, *_bfloat16(name), restored)
+    measured.append(result)
+    return result
 
 
-def _halves(name: str) -> tuple[float, float, float]:
+def _bfloat16(name: str) -> tuple[float, float, float, float]:
     model = families.build(name, torch.bfloat16)
     exact = copy.deepcopy(model).float()
-    given, given32 = families.inputs(name, model), families.inputs(name, exact)
-    wanted, before = families.logits(exact, given32), families.logits(model, given)
+    given = families.inputs(name, model)
+    wanted = families.logits(exact, families.inputs(name, exact))
+    with routing(families.experts(model)) as taken:
+        before = families.logits(model, given)
     with wrapped(model):
         after = families.logits(model, given)
-    return nmse(after, before), nmse(before, wanted), nmse(after, wanted)
+        with routing(model.hybrimoe.layers, replay=taken):
+            routed = families.logits(model, given)
+    return nmse(after, before), nmse(routed, before), nmse(before, wanted), nmse(after, wanted)
 
 
 @contextmanager
-def wrapped(model: PreTrainedModel, **settings: object) -> Iterator[PreTrainedModel]:
+def wrapped(model: PreTrainedModel, **settings: Any) -> Iterator[PreTrainedModel]:
     """The model wrapped within the block."""
     yield hybrimoe.wrap(model, **settings)
     hybrimoe.unwrap(model)
 
 
-def left_padding(given: Mapping[str, Tensor]) -> Tensor:
-    """An attention mask whose first sequence has three padded positions on the left."""
-    some = next(iter(given.values()))
-    mask = torch.ones(some.shape[:2], dtype=torch.int64)
-    mask[0, :3] = 0
+@contextmanager
+def routing(
+    experts: list[nn.Module], replay: list[tuple[Tensor, ...]] | None = None
+) -> Iterator[list[tuple[Tensor, ...]]]:
+    """Record what the routers ask for, call by call, or make them ask for what was recorded."""
+    record: list[tuple[Tensor, ...]] = []
+    calls = iter(replay or [])
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if replay is not None:
+            return (args[0], *next(calls))
+        record.append(args[1:])
+        return None
+
+    hooks = [module.register_forward_pre_hook(hook) for module in experts]
+    try:
+        yield record
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def left_padding(given: Mapping[str, Tensor], padded: int = 3) -> Tensor:
+    """An attention mask whose first sequence has some padded positions on the left."""
+    mask = torch.ones(next(iter(given.values())).shape[:2], dtype=torch.int64)
+    mask[0, :padded] = 0
     return mask
 
 
-def given_length(given: Mapping[str, Tensor]) -> int:
-    return next(iter(given.values())).shape[1]
-
-
 def violation(got: Tensor, wanted: Tensor, tolerance: float = 1e-4) -> float:
-    """Largest |got - wanted| over tolerance * (1 + |wanted|); NaN where one of them is not finite."""
-    error = (got - wanted).abs() / (tolerance * (1 + wanted.abs()))
-    return float(error.max())
+    """Largest |got - wanted| over tolerance * (1 + |wanted|); NaN where one is not finite."""
+    return float(((got - wanted).abs() / (tolerance * (1 + wanted.abs()))).max())
 
 
 def nmse(got: Tensor, wanted: Tensor) -> float:
     """Squared error over squared reference."""
     got, wanted = got.double(), wanted.double()
     return float((got - wanted).square().sum() / wanted.square().sum())
+
+
+def single_thread(function: Callable[[], Any]) -> Any:
+    """Call a function with one torch thread: tiny models only wait for a second one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return function()
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _greedy(name: str, model: PreTrainedModel, given: Mapping[str, Tensor]) -> Tensor | None:

@@ -149,6 +149,17 @@ def test_a_divided_expert_that_stays_becomes_resident() -> None:
     assert again.tolist() == [0.0]
 
 
+@pytest.mark.parametrize("link", [0.2, 1.0, 5.0])
+def test_a_busy_link_does_not_tie_up_slots_with_experts_that_never_arrive(link: float) -> None:
+    policies = Policies(Split(), MRS(admission=True, backfill=True), Never())
+    cost = make_cost(link_bandwidth=100 * link, link_bandwidth_contended=100 * link, shards=16)
+    engine, _ = build(policies, cost)
+    rng = np.random.default_rng(0)
+    for step in range(200):
+        engine.step(token(rng, step % 3))
+        assert np.isinf(engine.cache.arrival).sum() <= engine.backlog + 1
+
+
 def test_more_experts_than_slots_pass_through_staging() -> None:
     engine, executor = build(Policies(OnDemand(), LRU(), Never()), make_cost(), slots=2)
     everyone = np.arange(8, dtype=np.int32)

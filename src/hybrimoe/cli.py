@@ -1,0 +1,50 @@
+"""The `hybrimoe` command. Exit codes: 0 done, 1 failed with a message, 2 wrong usage."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hybrimoe.config import WEIGHTS
+from hybrimoe.errors import HybriMoEError
+
+BUNDLED = Path(__file__).resolve().parents[2] / "tests" / "assets" / "tiny-moe"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line and run one command."""
+    options = _parser().parse_args(arguments)
+    from hybrimoe import commands  # torch and transformers load only when a command runs
+
+    try:
+        result = getattr(commands, options.command)(options)
+    except HybriMoEError as error:
+        print(f"hybrimoe {options.command}: {error}", file=sys.stderr)
+        return 1
+    if options.json:
+        print(json.dumps(result))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "hybrimoe", description="Run Mixture-of-Experts models that do not fit on your GPU."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    demo = commands.add_parser("demo", help="wrap the bundled model, write some text, explain it")
+    demo.add_argument("--model", type=Path, default=BUNDLED, help="a transformers MoE checkpoint")
+    demo.add_argument("--weights", choices=WEIGHTS, default="int4", help="how experts are kept")
+    demo.add_argument("--prompt", default="def main(arguments):\n", help="text to continue")
+    demo.add_argument("--tokens", type=_positive, default=96, help="how many tokens to write")
+    demo.add_argument("--json", action="store_true", help="end with one JSON object")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value

@@ -1,0 +1,61 @@
+"""What each command of the CLI does."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+from transformers.utils import logging as transformers_logging
+
+import hybrimoe
+from hybrimoe.errors import ConfigError
+
+
+def demo(options: argparse.Namespace) -> dict[str, Any]:
+    """Time a model as it is, wrap it, stream text from it, and print the report."""
+    model, tokenizer = _load(options.model)
+    inputs = tokenizer(options.prompt, return_tensors="pt")
+
+    def write(streamer: Any = None, tokens: int = options.tokens) -> float:
+        torch.manual_seed(0)
+        start = time.perf_counter()
+        model.generate(
+            **inputs, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=True, streamer=streamer
+        )
+        return tokens / (time.perf_counter() - start)
+
+    _say(f"{options.model.name}: {type(model).__name__}, {model.num_parameters() / 1e6:.1f} M")
+    write(tokens=8)
+    before = write()
+    _say(f"plain transformers: {before:.1f} tokens/s\n")
+    hybrimoe.wrap(model, weights=options.weights)
+    _say(f"wrapped: {model.hybrimoe}; kernels compile once, then come from a cache ...")
+    write(tokens=8)
+    check = hybrimoe.verify(model, inputs.input_ids)
+    _say(f"verify: {check}\n")
+    write(TextStreamer(tokenizer))
+    model.hybrimoe.reset_stats()
+    after = write()
+    report = model.hybrimoe.report()
+    _say(f"\n{report}")
+    _say(f"  speed     {after:.1f} tokens/s wrapped, {before:.1f} tokens/s before, in this run")
+    return {"before_tokens_s": before, "after_tokens_s": after, "report": report.to_dict()}
+
+
+def _load(path: Path) -> tuple[Any, Any]:
+    if not (path / "config.json").is_file():
+        raise ConfigError(
+            f"--model must be a folder with a transformers checkpoint, got {path}; the bundled one "
+            "is in a checkout of the project, under tests/assets/tiny-moe"
+        )
+    transformers_logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
+    return model, AutoTokenizer.from_pretrained(path)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
