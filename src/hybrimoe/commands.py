@@ -24,7 +24,11 @@ def demo(options: argparse.Namespace) -> dict[str, Any]:
         torch.manual_seed(0)
         start = time.perf_counter()
         model.generate(
-            **inputs, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=True, streamer=streamer
+            **inputs,
+            min_new_tokens=tokens,
+            max_new_tokens=tokens,
+            do_sample=True,
+            streamer=streamer,
         )
         return tokens / (time.perf_counter() - start)
 

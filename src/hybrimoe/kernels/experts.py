@@ -78,6 +78,16 @@ def run_experts(
     fork_join(threads, down_worker, join)
 
 
+@kernel
+def ids_in_range(ids, experts):
+    """Whether every id [T, K] int64 lies in [0, experts)."""
+    for t in range(ids.shape[0]):
+        for j in range(ids.shape[1]):
+            if ids[t, j] < 0 or ids[t, j] >= experts:
+                return False
+    return True
+
+
 @inner
 def sort_pairs(ids, weights, scratch):
     """Counting sort of the routed pairs by expert; tokens stay in order within an expert."""

@@ -9,7 +9,7 @@ import numpy as np
 from hybrimoe.errors import RoutingError
 from hybrimoe.kernels.activations import Gate
 from hybrimoe.kernels.dtypes import DTYPES
-from hybrimoe.kernels.experts import DEEPEST, Scratch, Strides, run_experts
+from hybrimoe.kernels.experts import DEEPEST, Scratch, Strides, ids_in_range, run_experts
 from hybrimoe.kernels.layout import Layout
 from hybrimoe.kernels.rows import FORMATS, activation_bytes
 from hybrimoe.kernels.simd import Tag, detect_isa
@@ -31,34 +31,61 @@ class PackedLayer(NamedTuple):
     blobs: np.ndarray  # [E, expert_bytes] uint8
 
 
+class Launch(NamedTuple):
+    """What a launch needs besides its inputs; the same for every launch of one size."""
+
+    threads: int
+    strides: Strides
+    shards: np.ndarray  # [E, 2] int32: all shards of every expert
+    scratch: Scratch
+
+
 class Workspace:
     """Scratch buffers that all layers share; they grow to the largest launch and stay."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, np.ndarray] = {}
-        self.counters = np.zeros(8, np.int64)
+        self._launches: dict[tuple[int, ...], Launch] = {}
 
-    def take(self, name: str, size: int, dtype: type) -> np.ndarray:
+    def launch(self, layer: PackedLayer, tokens: int, k: int, threads: int) -> Launch:
+        """Everything for a launch of T = `tokens`, K = `k`; made once per size and layer."""
+        key = (id(layer.blobs), tokens, k, threads)
+        found = self._launches.get(key)
+        if found is None:
+            if len(self._launches) >= 1024:  # prompts of many lengths; making one costs 20 us
+                self._launches.clear()
+            found = self._launches[key] = self._make(layer, tokens, k, threads)
+        return found
+
+    def _make(self, layer: PackedLayer, tokens: int, k: int, threads: int) -> Launch:
+        layout, experts = layer.layout, layer.blobs.shape[0]
+        touched = min(tokens * k, experts) * layout.expert_bytes * max(1, tokens // 8)
+        threads = 1 if touched < SMALL else threads
+        # Long runs of down rows keep memory streaming: two tiles per thread, at most 512 rows.
+        chunk = min(32, max(1, layout.hidden // 16 // (2 * threads)))
+        x, h = (activation_bytes(layer.fmt, size) for size in (layout.hidden, layout.inner))
+        shards = np.empty((experts, 2), np.int32)
+        shards[:] = 0, layout.shards
+        scratch = Scratch(
+            np.zeros(8, np.int64),
+            self._take("offsets", experts + 1, np.int32),
+            self._take("active", experts, np.int32),
+            self._take("token", tokens * k, np.int32),
+            self._take("weight", tokens * k, np.float32),
+            self._take("x", tokens * x, np.uint8),
+            self._take("h", tokens * k * h, np.uint8),
+            self._take("sums", tokens * layout.hidden, np.float32).reshape(tokens, layout.hidden),
+            self._take("block", threads * DEEPEST * 64, np.float32).reshape(threads, -1),
+        )
+        return Launch(threads, Strides(x, h, chunk), shards, scratch)
+
+    def _take(self, name: str, size: int, dtype: type) -> np.ndarray:
         """A flat array of `size` numbers; its content is whatever was there before."""
         buffer = self._buffers.get(name)
         if buffer is None or buffer.size < size:
+            self._launches.clear()  # they hold views of the smaller buffer
             buffer = self._buffers[name] = np.empty(size, dtype)
         return buffer[:size]
-
-    def scratch(self, layer: PackedLayer, tokens: int, pairs: int, threads: int) -> Scratch:
-        """Buffers for one launch, as `experts.Scratch` describes them."""
-        layout, experts = layer.layout, layer.blobs.shape[0]
-        return Scratch(
-            self.counters,
-            self.take("offsets", experts + 1, np.int32),
-            self.take("active", experts, np.int32),
-            self.take("token", pairs, np.int32),
-            self.take("weight", pairs, np.float32),
-            self.take("x", tokens * activation_bytes(layer.fmt, layout.hidden), np.uint8),
-            self.take("h", pairs * activation_bytes(layer.fmt, layout.inner), np.uint8),
-            self.take("sums", tokens * layout.hidden, np.float32).reshape(tokens, layout.hidden),
-            self.take("block", threads * DEEPEST * 64, np.float32).reshape(threads, -1),
-        )
 
 
 def run_layer(
@@ -80,22 +107,16 @@ def run_layer(
     RoutingError before anything runs if an id is not in [0, E).
     """
     check_arguments(layer, x, ids, weights, out, dtype)
-    if shards is None:
-        shards = np.empty((layer.blobs.shape[0], 2), np.int32)
-        shards[:] = 0, layer.layout.shards
-    wanted = launch.threads(threads)
-    touched = min(ids.size, layer.blobs.shape[0]) * layer.layout.expert_bytes
-    wanted = 1 if touched * max(1, x.shape[0] // 8) < SMALL else wanted
     tag, fmt, kind = ISA_TAGS[isa or HOST_ISA], FORMATS[layer.fmt], DTYPES[dtype]
-    strides = _strides(layer, wanted)
     with launch.lock:
-        for start in range(0, x.shape[0], LONGEST):
+        for start in range(0, len(x), LONGEST):
             part = slice(start, start + LONGEST)
-            tokens = x[part].shape[0]
-            scratch = workspace.scratch(layer, tokens, tokens * ids.shape[1], wanted)
+            tokens, k = ids[part].shape
+            go = workspace.launch(layer, tokens, k, launch.threads(threads))
             # fmt: off
-            run_experts(tag, fmt, kind, wanted, layer.layout, strides, layer.gate, layer.blobs,
-                        x[part], ids[part], weights[part], shards, out[part], scratch)
+            run_experts(tag, fmt, kind, go.threads, layer.layout, go.strides, layer.gate,
+                        layer.blobs, x[part], ids[part], weights[part],
+                        go.shards if shards is None else shards, out[part], go.scratch)
             # fmt: on
 
 
@@ -108,30 +129,23 @@ def check_arguments(
     dtype: str,
 ) -> None:
     """Raise unless a launch is safe: a kernel checks nothing and a bad index would crash."""
-    number = np.float32 if dtype == "float32" else np.uint16
-    tokens, experts = x.shape[0], layer.blobs.shape[0]
-    expected = {
-        "x": (x, (tokens, layer.hidden), number),
-        "out": (out, (tokens, layer.hidden), number),
-        "ids": (ids, (tokens, ids.shape[-1]), np.int64),
-        "weights": (weights, ids.shape, np.float32),
-    }
-    for name, (array, shape, kind) in expected.items():
-        if array.shape != shape or array.dtype != kind or not array.flags.c_contiguous:
-            raise RoutingError(
-                f"{name} must be a contiguous {np.dtype(kind)} array of shape {shape}, got "
-                f"{array.dtype} {array.shape}"
-            )
-    if ids.size and not 0 <= ids.min() <= ids.max() < experts:
+    number = np.dtype(np.float32 if dtype == "float32" else np.uint16)
+    shape, experts = (len(x), layer.hidden), layer.blobs.shape[0]
+    _check("x", x, shape, number)
+    _check("out", out, shape, number)
+    _check("ids", ids, (len(x), ids.shape[-1]), np.dtype(np.int64))
+    _check("weights", weights, ids.shape, np.dtype(np.float32))
+    if not ids_in_range(ids, experts):
         bad = ids[(ids < 0) | (ids >= experts)][0]
         raise RoutingError(f"expert ids must lie in [0, {experts}), got {bad}")
 
 
-def _strides(layer: PackedLayer, threads: int) -> Strides:
-    """Row strides, and down tiles long enough to stream: two per thread, at most 512 rows."""
-    chunk = min(32, max(1, layer.layout.hidden // 16 // (2 * threads)))
-    x, h = layer.layout.hidden, layer.layout.inner
-    return Strides(activation_bytes(layer.fmt, x), activation_bytes(layer.fmt, h), chunk)
+def _check(name: str, array: np.ndarray, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
+        raise RoutingError(
+            f"{name} must be a contiguous {dtype} array of shape {shape}, got "
+            f"{array.dtype} {array.shape}"
+        )
 
 
 HOST_ISA = detect_isa()
