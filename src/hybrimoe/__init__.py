@@ -17,8 +17,11 @@ from hybrimoe.errors import (
     WrappedModelError,
 )
 from hybrimoe.kernels.activations import Gate
+from hybrimoe.policy.routing import RoutingTrace
+from hybrimoe.policy.simulator import Result, simulate
 from hybrimoe.report import Report
 from hybrimoe.runtime.adapters import ExpertWeights, register_adapter
+from hybrimoe.runtime.recording import record
 from hybrimoe.verification import Verification
 
 __version__ = "0.1.0"
@@ -31,12 +34,16 @@ __all__ = [
     "Gate",
     "HybriMoEError",
     "Report",
+    "Result",
     "RoutingError",
+    "RoutingTrace",
     "Runtime",
     "UnsupportedModelError",
     "Verification",
     "WrappedModelError",
+    "record",
     "register_adapter",
+    "simulate",
     "unwrap",
     "verify",
     "wrap",

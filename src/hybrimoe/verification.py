@@ -14,16 +14,20 @@ from hybrimoe.runtime.formats import BOUNDS, NATIVE
 
 @dataclass(frozen=True)
 class LayerCheck:
-    """One layer against its reference. nmse: squared error over squared reference, summed."""
+    """One layer against its reference. nmse: squared error over squared reference, summed.
+
+    intact: the stored weights are still the bytes that `wrap` wrote.
+    """
 
     name: str
     nmse: float
     cosine: float
     bound: float
+    intact: bool
 
     @property
     def passed(self) -> bool:
-        return self.nmse <= self.bound  # False for NaN
+        return self.intact and self.nmse <= self.bound  # False for NaN
 
 
 @dataclass(frozen=True)
@@ -39,9 +43,12 @@ class Verification:
     @property
     def worst(self) -> LayerCheck:
         """The layer that comes closest to its bound, or exceeds it most; NaN is worst of all."""
-        return max(
-            self.layers, key=lambda c: c.nmse / c.bound if c.nmse == c.nmse else float("inf")
-        )
+
+        def badness(check: LayerCheck) -> tuple[bool, float]:
+            ratio = check.nmse / check.bound if check.nmse == check.nmse else float("inf")
+            return not check.intact, ratio
+
+        return max(self.layers, key=badness)
 
     def __bool__(self) -> bool:
         return self.passed
@@ -51,7 +58,7 @@ class Verification:
         return (
             f"{'pass' if self.passed else 'FAIL'}: {len(self.layers)} layers checked; worst is "
             f"{worst.name}: NMSE {worst.nmse:.2e} (bound {worst.bound:.0e}), "
-            f"cosine {worst.cosine:.6f}"
+            f"cosine {worst.cosine:.6f}{'' if worst.intact else '; its weights changed in memory'}"
         )
 
 
@@ -81,4 +88,4 @@ def compare(layer: PooledExperts, args: tuple[Any, ...], output: Tensor) -> Laye
     cosine = (got * wanted).sum() / (got.norm() * wanted.norm())
     # The output's own dtype rounds too: a bfloat16 result cannot be closer than bfloat16 is.
     bound = max(BOUNDS[layer.packed.fmt], BOUNDS[NATIVE[output.dtype]])
-    return LayerCheck(layer.name, float(error / size), float(cosine), bound)
+    return LayerCheck(layer.name, float(error / size), float(cosine), bound, layer.is_intact())

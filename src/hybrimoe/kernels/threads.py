@@ -35,6 +35,7 @@ class Launch:
     def __init__(self):
         self.lock = threading.Lock()
         self.forked = False
+        self.cores = usable_cores()
         self.library = openmp_library()
         self.parallel = self._resolve()
         if hasattr(os, "register_at_fork"):
@@ -44,7 +45,7 @@ class Launch:
         """Threads a kernel may use: `wanted`, or one per usable core; 1 in a forked child."""
         if self.forked or not self.parallel:
             return 1
-        return wanted or usable_cores()
+        return wanted or self.cores
 
     def _after_fork(self):
         self.forked = True

@@ -104,6 +104,7 @@ def merge(traces: Sequence[RoutingTrace]) -> RoutingTrace:
         counts=np.concatenate(kept) if kept else first.counts,
         counted=np.concatenate([_shifted(t.counted, n) for t, n in zip(traces, counts)]),
         model=first.model,
+        shape=first.shape,
         **whole,
         **ahead,
     )

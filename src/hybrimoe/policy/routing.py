@@ -51,7 +51,8 @@ class RoutingTrace:
         `counts`, or -1.
     forecast_ids: [S, L, D, W] uint16, what was expected d + 1 layers ahead when layer l ran;
         forecast_tokens: [S, L, D, W] float16, expected tokens of each.
-    model: the name of the model that was recorded.
+    model: the name of the model that was recorded. shape: hidden and intermediate size of its
+        experts, and the other weights of one layer; empty where they are not known.
     """
 
     experts: int
@@ -66,6 +67,7 @@ class RoutingTrace:
     forecast_ids: Array = field(default_factory=lambda: np.zeros((0, 0, 0, 0), np.uint16))
     forecast_tokens: Array = field(default_factory=lambda: np.zeros((0, 0, 0, 0), np.float16))
     model: str = ""
+    shape: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.counted.size == 0:
@@ -140,6 +142,7 @@ class RoutingTrace:
             self.forecast_ids[picked] if has_forecast else self.forecast_ids,
             self.forecast_tokens[picked] if has_forecast else self.forecast_tokens,
             self.model,
+            self.shape,
         )
 
     def split(self, share: float = 0.5) -> tuple["RoutingTrace", "RoutingTrace"]:
@@ -153,7 +156,8 @@ class RoutingTrace:
         arrays = {name: getattr(self, name) for name in ARRAYS}
         head = np.array([VERSION, self.experts, self.top_k], np.int64)
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, head=head, model=np.array(self.model), **arrays)
+        names = {"model": np.array(self.model), "shape": np.array(self.shape, np.int64)}
+        np.savez_compressed(buffer, head=head, **names, **arrays)
         write_atomically(Path(path), buffer.getvalue())
 
     @classmethod
@@ -167,7 +171,10 @@ class RoutingTrace:
         if head.shape != (3,) or head[0] != VERSION:
             raise TraceError(f"{path} has trace version {head.ravel()[:1]}, this reads {VERSION}")
         arrays = {name: stored[name] for name in ARRAYS}
-        return cls(int(head[1]), int(head[2]), model=str(stored["model"]), **arrays)
+        shape = tuple(int(n) for n in stored.get("shape", ()))
+        return cls(
+            int(head[1]), int(head[2]), model=str(stored["model"]), shape=shape, **arrays
+        )
 
     def _forecast(self, step: int, layer: int, ahead: int) -> Forecast:
         expected = self.forecast_tokens[step, layer, ahead].astype(np.float64)
@@ -240,6 +247,9 @@ def _check(trace: RoutingTrace) -> None:
         "sequence must have one entry per step": trace.sequence.shape == (steps,),
         "counted must have one entry per step": trace.counted.shape == (steps,),
     }
+    rules["shape must be empty or three positive sizes"] = (
+        len(trace.shape) in (0, 3) and min(trace.shape, default=1) > 0
+    )
     rules["offsets must rise from 0 to the tokens"] = bool(
         rules["offsets must have steps + 1 entries"]
         and trace.offsets[0] == 0

@@ -159,7 +159,7 @@ def simulate(
 
     profile: a shipped machine's name, a profile, or a measured cost model.
     vram: for experts; bytes, a string such as "6GiB", or a fraction of all experts.
-    shape: of the experts, where the trace's model is not one of the known ones.
+    shape: of the experts, where neither the trace nor its model's name tells it.
     prior: [L, E] how often experts were used before; decides who is resident at the start. By
         default the trace's own frequencies, which favours presets that never change residents.
     look_ahead: use the forecasts recorded in the trace where it has some, else a Markov table.
@@ -265,6 +265,8 @@ def _cost(
     if isinstance(profile, CostModel):
         return profile
     machine = profile_by_name(profile) if isinstance(profile, str) else profile
+    if shape is None and trace.shape:
+        shape = Shape(*trace.shape)
     if shape is None and not trace.model:
         raise ProfileError(
             "the trace names no model: pass shape=Shape(hidden, intermediate, dense)"

@@ -15,7 +15,7 @@ from hybrimoe.kernels.layout import expert_layout
 from hybrimoe.kernels.moe import PackedLayer, run_layer
 from hybrimoe.runtime import formats
 from hybrimoe.runtime.adapters import ExpertWeights, FoundExperts
-from hybrimoe.runtime.pool import ExpertPool, allocate_blobs
+from hybrimoe.runtime.pool import ExpertPool, allocate_blobs, checksum
 from hybrimoe.runtime.stats import Stats
 
 
@@ -42,6 +42,7 @@ class PooledExperts(nn.Module):
             shape.numel() * self.dtype.itemsize for shape in self.shapes.values()
         )
         self.index = pool.add(pack_layer(weights, described))
+        self.checksum = checksum(self.packed.blobs)
         self.train(found.module.training)
 
     @property
@@ -64,6 +65,10 @@ class PooledExperts(nn.Module):
         setattr(self.found.parent, self.found.attribute, self.original)
         self.pool.release(self.index)
 
+    def is_intact(self) -> bool:
+        """Whether the packed bytes are still those that `wrap` wrote."""
+        return checksum(self.packed.blobs) == self.checksum
+
     def unpacked(self) -> dict[str, Tensor]:
         """The weights as the original's parameters hold them: exact where the format is lossless."""
         tensors = {
@@ -84,9 +89,15 @@ class PooledExperts(nn.Module):
         if torch.is_grad_enabled() and wants_grad:
             out: Tensor = _Differentiable.apply(self, hidden_states, top_k_index, top_k_weights)
             return out
+        if torch.compiler.is_compiling():
+            return self.opaque(hidden_states, top_k_index, top_k_weights)
         return self.compute(hidden_states, top_k_index, top_k_weights)
 
     @torch.compiler.disable
+    def opaque(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """`compute` as one graph break. Not on the way in eager mode: the guard costs 250 us cold."""
+        return self.compute(hidden, ids, weights)
+
     def compute(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """`forward` without gradients."""
         if self.post_norm is None:
@@ -105,13 +116,14 @@ class PooledExperts(nn.Module):
                 f"{hidden.dtype} {tuple(hidden.shape)} in {self.name}"
             )
         started = time.perf_counter()
-        out = torch.empty(hidden.shape, dtype=hidden.dtype)
-        experts = _numpy(ids.to(torch.int64))
+        out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+        experts = _numpy(ids if ids.dtype == torch.int64 else ids.to(torch.int64))
+        weights = weights if weights.dtype == torch.float32 else weights.to(torch.float32)
         run_layer(
             self.packed,
             _numpy(hidden),
             experts,
-            _numpy(weights.to(torch.float32)),
+            _numpy(weights),
             _numpy(out),
             self.pool.workspace,
             formats.NATIVE[hidden.dtype],
@@ -231,7 +243,11 @@ def pack_layer(weights: str, described: ExpertWeights) -> PackedLayer:
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:
-    tensor = tensor.detach().contiguous()
+    # Each torch call costs microseconds in decode, so only those that are needed are made.
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if not tensor.is_contiguous():
+        tensor = tensor.contiguous()
     if tensor.dtype in (torch.bfloat16, torch.float16):
         tensor = tensor.view(torch.uint16)
     array: np.ndarray = tensor.numpy()
