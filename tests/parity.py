@@ -7,16 +7,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import families
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+import families
 import hybrimoe
 
 TOKENS = 64
 CLOSE = 5e-4
 """NMSE of bfloat16 logits within which two models compute the same."""
+Call = tuple[Tensor, ...]
 measured: "list[Parity]" = []
 
 
@@ -26,10 +27,7 @@ class Parity:
 
     float32, padded, single: largest violation of |a - b| <= 1e-4 + 1e-4 |b|, as a share of the
     right side: at most 1 is within it. greedy: equal tokens of 64, None without generate.
-    bfloat16: NMSE of logits; bfloat16_routed: the same while the wrapped model takes the experts
-    that the unwrapped one took. rounding, wrapped_rounding: NMSE of the unwrapped and of the
-    wrapped bfloat16 model against the same weights computed in float32: large where rounding
-    alone makes a router choose other experts. restored: logits are bit-equal after unwrap.
+    restored: logits are bit-equal after unwrap. bfloat16: how its logits compare.
     """
 
     name: str
@@ -38,19 +36,37 @@ class Parity:
     padded: float
     single: float
     greedy: int | None
-    bfloat16: float
-    bfloat16_routed: float
-    rounding: float
-    wrapped_rounding: float
     restored: bool
+    bfloat16: "Halves"
 
     def __str__(self) -> str:
         greedy = "no generate" if self.greedy is None else f"{self.greedy}/{TOKENS} greedy"
+        worst = max(self.float32, self.padded, self.single)
+        return f"{self.name:46} float32 {worst:.3f} of tolerance, {greedy:12}, {self.bfloat16}"
+
+
+@dataclass(frozen=True)
+class Halves:
+    """bfloat16 logits, wrapped against unwrapped, as NMSE.
+
+    A router that finds two experts equally good may take either after any rounding, and then the
+    logits differ by far more than rounding. So: free compares the models as they are; routed, while
+    the wrapped one takes the experts that the unwrapped one took. moved: tokens times layers whose
+    experts have other shares in the free run; before_move: NMSE of what the first such layer got.
+    unwrapped, wrapped: each model against the same weights computed in float32.
+    """
+
+    free: float
+    routed: float
+    moved: int
+    before_move: float
+    unwrapped: float
+    wrapped: float
+
+    def __str__(self) -> str:
         return (
-            f"{self.name:46} float32 {max(self.float32, self.padded, self.single):.3f} of tolerance, "
-            f"{greedy:12}, bfloat16 NMSE {self.bfloat16:.1e}, same experts "
-            f"{self.bfloat16_routed:.1e}; to float32: unwrapped {self.rounding:.1e}, wrapped "
-            f"{self.wrapped_rounding:.1e}"
+            f"bfloat16 NMSE {self.free:.1e}, same experts {self.routed:.1e}, {self.moved} tokens "
+            f"rerouted; to float32: unwrapped {self.unwrapped:.1e}, wrapped {self.wrapped:.1e}"
         )
 
 
@@ -75,23 +91,44 @@ def measure(name: str) -> Parity:
     ]
     greedy = None if tokens is None else int((tokens == again)[:, -TOKENS:].sum(1).min())
     restored = torch.equal(families.logits(model, given), before[0])
-    result = Parity(name, layers, *errors, greedy, *_bfloat16(name), restored)
+    result = Parity(name, layers, *errors, greedy, restored, _bfloat16(name))
     measured.append(result)
     return result
 
 
-def _bfloat16(name: str) -> tuple[float, float, float, float]:
+def _bfloat16(name: str) -> Halves:
     model = families.build(name, torch.bfloat16)
     exact = copy.deepcopy(model).float()
     given = families.inputs(name, model)
     wanted = families.logits(exact, families.inputs(name, exact))
-    with routing(families.experts(model)) as taken:
+    with calls(families.experts(model)) as taken:
         before = families.logits(model, given)
     with wrapped(model):
-        after = families.logits(model, given)
-        with routing(model.hybrimoe.layers, replay=taken):
+        layers = model.hybrimoe.layers
+        with calls(layers) as retaken:
+            free = families.logits(model, given)
+        with calls(layers, replay=taken):
             routed = families.logits(model, given)
-    return nmse(after, before), nmse(routed, before), nmse(before, wanted), nmse(after, wanted)
+    errors = nmse(before, wanted), nmse(free, wanted)
+    return Halves(nmse(free, before), nmse(routed, before), *_rerouted(taken, retaken), *errors)
+
+
+def _rerouted(taken: list[Call], retaken: list[Call]) -> tuple[int, float]:
+    moved, before_move = 0, 0.0
+    for (hidden, *before), (rehidden, *after) in zip(taken, retaken, strict=True):
+        change = _shares(*after) - _shares(*before)
+        differ = int((change.abs().amax(1) > 1 / 16).sum())
+        if differ and not moved:
+            before_move = nmse(rehidden, hidden)
+        moved += differ
+    return moved, before_move
+
+
+def _shares(ids: Tensor, weights: Tensor) -> Tensor:
+    """What each expert weighs in each token, [T, E], as a share of the token's total."""
+    shares = torch.zeros(len(ids), 1 + int(ids.max().clamp(min=63)))
+    shares.scatter_add_(1, ids.long(), weights.float().abs())
+    return shares / shares.sum(1, keepdim=True)
 
 
 @contextmanager
@@ -102,17 +139,15 @@ def wrapped(model: PreTrainedModel, **settings: Any) -> Iterator[PreTrainedModel
 
 
 @contextmanager
-def routing(
-    experts: list[nn.Module], replay: list[tuple[Tensor, ...]] | None = None
-) -> Iterator[list[tuple[Tensor, ...]]]:
-    """Record what the routers ask for, call by call, or make them ask for what was recorded."""
-    record: list[tuple[Tensor, ...]] = []
-    calls = iter(replay or [])
+def calls(experts: list[nn.Module], replay: list[Call] | None = None) -> Iterator[list[Call]]:
+    """Record the arguments of the experts, call by call, or replay a recorded routing."""
+    record: list[Call] = []
+    recorded = iter(replay or [])
 
-    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    def hook(module: nn.Module, args: Call) -> Call | None:
         if replay is not None:
-            return (args[0], *next(calls))
-        record.append(args[1:])
+            return (args[0], *next(recorded)[1:])
+        record.append(args)
         return None
 
     hooks = [module.register_forward_pre_hook(hook) for module in experts]

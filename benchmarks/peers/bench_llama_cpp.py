@@ -78,9 +78,9 @@ def seconds_per_layer(layout: Layout, model: Path, arguments: argparse.Namespace
 
 def derive_experts(whole: float, twin: float, scale: float) -> float:
     if not 0 < twin < whole:
-        raise RuntimeError(
-            f"the twin's experts are smaller, yet it took {twin:.2e} s per layer and the whole "
-            f"model {whole:.2e}: the machine is too busy to measure"
+        raise SystemExit(
+            f"The twin's experts are smaller, yet it took {twin:.2e} s per layer and the whole "
+            f"model {whole:.2e}: the machine is too busy to measure."
         )
     return (whole - twin) * scale
 

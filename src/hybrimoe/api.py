@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from hybrimoe.config import Config
-from hybrimoe.errors import ConfigError, UnsupportedModelError, WrappedModelError
+from hybrimoe.errors import ConfigError, FormatError, UnsupportedModelError, WrappedModelError
 from hybrimoe.kernels.threads import usable_cores
 from hybrimoe.report import Report
 from hybrimoe.runtime import formats
-from hybrimoe.runtime.adapters import FoundExperts, find_experts
-from hybrimoe.runtime.experts import PooledExperts, refuse_move
+from hybrimoe.runtime.adapters import FoundExperts, find_experts, top_k_of
+from hybrimoe.runtime.cuda import TorchAccelerator
+from hybrimoe.runtime.device import Accelerator, EmulatedAccelerator
+from hybrimoe.runtime.experts import PooledExperts
+from hybrimoe.runtime.guards import Guards, refuse_copy, refuse_pickle
+from hybrimoe.runtime.hybrid import Hybrid
 from hybrimoe.runtime.pool import ExpertPool
 from hybrimoe.runtime.stats import Stats
 from hybrimoe.verification import Verification, verify_layers
@@ -32,8 +35,10 @@ class Runtime:
         self.config = config
         self.pool = ExpertPool()
         self.layers: list[PooledExperts] = []
+        self.hybrid: Hybrid | None = None
         self._counters = Stats()
         self.threads = config.threads or min(torch.get_num_threads(), usable_cores())
+        self._guards = Guards()
         self._hooks = [
             model.register_forward_pre_hook(self._counters.enter, with_kwargs=True),
             model.register_forward_hook(self._counters.leave, with_kwargs=True),
@@ -41,7 +46,9 @@ class Runtime:
 
     def report(self) -> Report:
         """What happened since the last reset, and where the time went."""
-        return Report.of(self.config, self.layers, self._counters, self.pool.nbytes, self.threads)
+        return Report.of(
+            self.config, self.layers, self._counters, self.pool.nbytes, self.threads, self.hybrid
+        )
 
     def stats(self) -> dict[str, Any]:
         """The report's numbers as a plain dict."""
@@ -50,9 +57,25 @@ class Runtime:
     def reset_stats(self) -> None:
         """Start counting anew."""
         self._counters.reset()
+        if self.hybrid is not None:
+            self.hybrid.reset()
+
+    def share(self, model: nn.Module, accelerator: Accelerator) -> None:
+        """From now on, the policies divide the experts between the CPU and an accelerator."""
+        self.hybrid = Hybrid(
+            self.pool, self.config.policies(), accelerator, self.config.vram, top_k_of(model)
+        )
+        for layer in self.layers:
+            layer.hybrid = self.hybrid
+
+    def guard(self, model: nn.Module) -> None:
+        """Refuse from now on what would break the experts."""
+        dtypes = {layer.dtype for layer in self.layers}
+        self._guards.install(model, [layer.name for layer in self.layers], dtypes)
 
     def detach(self) -> None:
-        """Remove the hooks from the model."""
+        """Remove the hooks and the guards from the model."""
+        self._guards.remove()
         for hook in self._hooks:
             hook.remove()
 
@@ -61,15 +84,10 @@ class Runtime:
         return f"<hybrimoe.Runtime: {len(self.layers)} layers, {size:.1f} MiB of experts>"
 
     def __deepcopy__(self, memo: Any) -> NoReturn:
-        raise WrappedModelError(
-            "a wrapped model cannot be copied: its experts live once, in the pool; "
-            "call hybrimoe.unwrap(model) first"
-        )
+        refuse_copy()
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise WrappedModelError(
-            "a wrapped model cannot be pickled; use model.save_pretrained, or hybrimoe.unwrap first"
-        )
+        refuse_pickle()
 
 
 def wrap(model: Model, config: Config | None = None, **overrides: Any) -> Model:
@@ -87,6 +105,11 @@ def wrap(model: Model, config: Config | None = None, **overrides: Any) -> Model:
     config = (config or Config()).replace(**overrides)
     if hasattr(model, "hybrimoe"):
         return _already_wrapped(model, config)
+    if any(isinstance(module, PooledExperts) for module in model.modules()):
+        raise WrappedModelError(
+            f"{type(model).__name__} is already wrapped as part of another model, or a part of it "
+            "is; call hybrimoe.unwrap on the model that was given to wrap"
+        )
     found = find_experts(model)
     _check(found, config)
     runtime = Runtime(config, model)
@@ -98,11 +121,14 @@ def wrap(model: Model, config: Config | None = None, **overrides: Any) -> Model:
             # fmt: on
             runtime.layers.append(layer)
             layer.install()
+        accelerator = open_accelerator(config)
+        if accelerator is not None:
+            runtime.share(model, accelerator)
+        runtime.guard(model)
     except BaseException:
         _roll_back(runtime)
         raise
     model.hybrimoe = runtime  # type: ignore[assignment]
-    model.__dict__["_apply"] = _guarded_apply(model)
     logger.info("wrapped %s: %s", type(model).__name__, runtime)
     return model
 
@@ -117,7 +143,6 @@ def unwrap(model: Model) -> Model:
     runtime = getattr(model, "hybrimoe", None)
     if runtime is None:
         return model
-    del model.__dict__["_apply"]
     runtime.detach()
     for layer in runtime.layers:
         layer.restore()
@@ -148,6 +173,17 @@ def verify(model: nn.Module, input_ids: Tensor | None = None) -> Verification:
     return verify_layers(model, runtime.layers, input_ids)
 
 
+def open_accelerator(config: Config) -> Accelerator | None:
+    """The accelerator a configuration asks for, or None for the CPU alone."""
+    if config.device == "emulated":
+        return EmulatedAccelerator(capacity=1 << 40)
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device='cuda' needs a CUDA device, torch finds none; try 'emulated'")
+    if config.device == "cuda":
+        return TorchAccelerator()
+    return None
+
+
 def _already_wrapped(model: Model, config: Config) -> Model:
     current = model.hybrimoe.config  # type: ignore[union-attr]
     if current != config:
@@ -161,6 +197,9 @@ def _already_wrapped(model: Model, config: Config) -> Model:
 def _check(found: list[FoundExperts], config: Config) -> None:
     """Everything that can be known to fail, before anything is touched."""
     for experts in found:
+        dtypes = {name: p.dtype for name, p in experts.module.named_parameters(recurse=False)}
+        if len(set(dtypes.values())) > 1:
+            raise FormatError(f"parameters of {experts.name} must share one dtype, got {dtypes}")
         for tensor in experts.module.parameters():
             if tensor.device.type != "cpu":
                 raise UnsupportedModelError(
@@ -182,15 +221,3 @@ def _roll_back(runtime: Runtime) -> None:
             f"{runtime.config.weights}; these hold dequantized weights now: reload the model",
             stacklevel=3,
         )
-
-
-def _guarded_apply(model: nn.Module) -> Callable[..., nn.Module]:
-    """`model._apply` that refuses a move before any part of the model has moved."""
-    dtypes = {layer.dtype for layer in model.hybrimoe.layers}  # type: ignore[union-attr]
-
-    def apply(fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        for dtype in dtypes:
-            refuse_move(fn, dtype)
-        return type(model)._apply(model, fn, recurse)
-
-    return apply

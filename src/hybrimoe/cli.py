@@ -10,6 +10,7 @@ from pathlib import Path
 
 from hybrimoe.config import WEIGHTS
 from hybrimoe.errors import HybriMoEError
+from hybrimoe.simulation_commands import add_simulate, add_trace
 
 BUNDLED = Path(__file__).resolve().parents[2] / "tests" / "assets" / "tiny-moe"
 
@@ -19,9 +20,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     from hybrimoe import commands  # torch and transformers load only when a command runs
 
+    run = getattr(options, "run", None) or getattr(commands, options.command)
     try:
-        result = getattr(commands, options.command)(options)
-    except HybriMoEError as error:
+        result = run(options)
+    except (HybriMoEError, OSError) as error:
         print(f"hybrimoe {options.command}: {error}", file=sys.stderr)
         return 1
     if options.json:
@@ -40,6 +42,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--prompt", default="def main(arguments):\n", help="text to continue")
     demo.add_argument("--tokens", type=_positive, default=96, help="how many tokens to write")
     demo.add_argument("--json", action="store_true", help="end with one JSON object")
+    add_trace(commands)
+    add_simulate(commands)
     return parser
 
 

@@ -17,7 +17,7 @@ from hybrimoe.errors import ConfigError
 
 def demo(options: argparse.Namespace) -> dict[str, Any]:
     """Time a model as it is, wrap it, stream text from it, and print the report."""
-    model, tokenizer = _load(options.model)
+    model, tokenizer = load_model(options.model, "--model")
     inputs = tokenizer(options.prompt, return_tensors="pt")
 
     def write(streamer: Any = None, tokens: int = options.tokens) -> float:
@@ -50,10 +50,11 @@ def demo(options: argparse.Namespace) -> dict[str, Any]:
     return {"before_tokens_s": before, "after_tokens_s": after, "report": report.to_dict()}
 
 
-def _load(path: Path) -> tuple[Any, Any]:
+def load_model(path: Path, argument: str) -> tuple[Any, Any]:
+    """Model and tokenizer of a checkpoint; `argument` is where the user named it."""
     if not (path / "config.json").is_file():
         raise ConfigError(
-            f"--model must be a folder with a transformers checkpoint, got {path}; the bundled one "
+            f"{argument} must be a folder with a transformers checkpoint, got {path}; the bundled one "
             "is in a checkout of the project, under tests/assets/tiny-moe"
         )
     transformers_logging.disable_progress_bar()

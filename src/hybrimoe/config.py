@@ -8,8 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from hybrimoe.errors import ConfigError
+from hybrimoe.policy.engine import Policies
+from hybrimoe.policy.prefetcher import Prefetcher
+from hybrimoe.policy.presets import preset
+from hybrimoe.policy.ranking import Ranking
+from hybrimoe.policy.scheduler import Scheduler
 
 WEIGHTS = ("native", "int8", "int4")
+DEVICES = ("auto", "cpu", "cuda", "emulated")
+POLICY_TYPES = {"scheduler": Scheduler, "cache": Ranking, "prefetcher": Prefetcher}
 SCHEMA = 1
 
 
@@ -17,11 +24,15 @@ SCHEMA = 1
 class Config:
     """Every choice `wrap` offers.
 
-    device: where experts may run besides the CPU; "auto" and "cpu" mean the CPU alone.
-    vram: budget for expert slots on the accelerator: bytes, "10GiB" or a fraction of all experts.
+    device: where experts may run besides the CPU: "cpu" nowhere, "cuda" on that GPU, "emulated" on an
+        accelerator that shares the CPU's cores and proves results, not speed; "auto" takes a GPU
+        if there is one.
+    vram: budget for expert slots on the accelerator: bytes, "10GiB" or a fraction of all experts;
+        None is a quarter of them.
     weights: how experts are kept: "native" is lossless, "int8" and "int4" round in groups of 32.
-    scheduler, cache, prefetcher: policy objects; they decide nothing while all runs on the CPU.
-    preset: a named set of policies.
+    scheduler, cache, prefetcher: policy objects (a Scheduler, a Ranking, a Prefetcher) that replace
+        those of the preset.
+    preset: a named set of policies; None is "hybrimoe".
     threads: CPU threads for experts; None takes torch's number, at most one per usable core.
     deterministic: placement depends on routing alone, never on timing.
     """
@@ -38,19 +49,32 @@ class Config:
 
     def __post_init__(self) -> None:
         _one_of("weights", self.weights, WEIGHTS)
-        _one_of("device", self.device, ("auto", "cpu"))
+        _one_of("device", self.device, DEVICES)
+        if self.preset is not None:
+            preset(self.preset)
+        for name, kind in POLICY_TYPES.items():
+            _instance(name, getattr(self, name), kind)
         if self.threads is not None and not _is_count(self.threads):
             raise ConfigError(f"threads must be a positive integer or None, got {self.threads!r}")
         if not isinstance(self.deterministic, bool):
             raise ConfigError(f"deterministic must be a bool, got {self.deterministic!r}")
         if self.vram is not None:
             parse_size("vram", self.vram)
-        for name in ("vram", "scheduler", "cache", "prefetcher", "preset"):
-            if getattr(self, name) is not None:
+        for name in ("vram", "preset", *POLICY_TYPES):
+            if self.device == "cpu" and getattr(self, name) is not None:
                 raise ConfigError(
-                    f"{name} needs an accelerator, but device={self.device!r} runs every expert on "
-                    f"the CPU; leave it out, got {getattr(self, name)!r}"
+                    f"{name} needs an accelerator, but device='cpu' runs every expert on the CPU; "
+                    f"leave it out, got {getattr(self, name)!r}"
                 )
+
+    def policies(self) -> Policies:
+        """The preset's policies, with those given replaced."""
+        chosen = preset(self.preset or "hybrimoe")
+        return Policies(
+            self.scheduler or chosen.scheduler,
+            self.cache or chosen.ranking,
+            self.prefetcher or chosen.prefetcher,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, with a schema version; policy objects do not travel."""
@@ -101,6 +125,11 @@ def _parse_text(name: str, text: str) -> int:
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def _instance(name: str, value: Any, kind: type) -> None:
+    if value is not None and not isinstance(value, kind):
+        raise ConfigError(f"{name} must be a {kind.__name__}, got {value!r}")
 
 
 def _is_count(value: Any) -> bool:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hybrimoe.config import Config
     from hybrimoe.runtime.experts import PooledExperts
+    from hybrimoe.runtime.hybrid import Hybrid
     from hybrimoe.runtime.stats import Stats
 
 
@@ -38,6 +39,7 @@ class Report:
     decode_s: float
     experts_s: float
     layers: tuple[LayerReport, ...]
+    hybrid: dict[str, Any] | None = None
 
     @classmethod
     def of(
@@ -47,6 +49,7 @@ class Report:
         stats: Stats,
         pool_bytes: int,
         threads: int,
+        hybrid: Hybrid | None = None,
     ) -> Report:
         """Put the counters of a runtime together."""
         return cls(
@@ -61,6 +64,7 @@ class Report:
             decode_s=stats.decode_s,
             experts_s=sum(layer.seconds for layer in stats.layers),
             layers=tuple(_layer_report(layer, stats) for layer in layers),
+            hybrid=hybrid.to_dict() if hybrid else None,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -71,7 +75,7 @@ class Report:
         before, after = self.expert_bytes_before / 2**20, self.expert_bytes_after / 2**20
         total = self.prefill_s + self.decode_s
         lines = [
-            f"hybrimoe: {len(self.layers)} layers of experts on the CPU, {self.threads} threads",
+            f"hybrimoe: {len(self.layers)} layers of experts on {self._places()}",
             f"  format    {self.format}: {before:.1f} MiB of experts before, {after:.1f} MiB now",
             _rate("prefill", self.prefill_tokens, self.prefill_s),
             _rate("decode", self.decode_tokens, self.decode_s),
@@ -81,6 +85,7 @@ class Report:
             lines.append(
                 f"  time      {total:.2f} s: experts {share:.0%}, the rest of the model {1 - share:.0%}"
             )
+        lines += self._shared()
         busiest = sorted(self.layers, key=lambda layer: -layer.ms * layer.launches)[:3]
         lines += [
             f"  slowest   {layer.name}: {layer.ms:.3f} ms per launch, {layer.experts:.1f} experts, "
@@ -89,6 +94,24 @@ class Report:
             if layer.launches
         ]
         return "\n".join(lines)
+
+    def _places(self) -> str:
+        cpu = f"the CPU, {self.threads} threads"
+        return f"{cpu}, and the accelerator ({self.hybrid['device']})" if self.hybrid else cpu
+
+    def _shared(self) -> list[str]:
+        """What the policies did, if an accelerator shares the work."""
+        if not self.hybrid or not self.hybrid["hits"] + self.hybrid["misses"]:
+            return []
+        counts, tokens = self.hybrid, max(self.prefill_tokens + self.decode_tokens, 1)
+        ran = counts["gpu_experts"] + counts["cpu_experts"]
+        return [
+            f"  cache     {counts['slots']} slots, {counts['hit_rate']:.1%} hits, "
+            f"{counts['uploads'] / tokens:.2f} uploads and {counts['link_bytes'] / tokens / 1e6:.2f} "
+            "MB over the link per token",
+            f"  experts   {counts['gpu_experts'] / ran:.0%} on the accelerator, "
+            f"{counts['cpu_experts'] / ran:.0%} on the CPU",
+        ]
 
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(str(self))}</pre>"

@@ -154,6 +154,15 @@ def test_one_workspace_serves_layers_of_all_sizes():
         assert nmse(out, expected(layer, weights, x, ids, routing)) <= tolerance(fmt, "float32")
 
 
+def test_a_workspace_tells_a_new_layer_from_a_dead_one_at_the_same_address():
+    workspace, batch = Workspace(), make_batch(2, 64, 5, 2)
+    for fmt in ("int4", "float32") * 6:
+        weights = make_weights(fmt, 64, 128)
+        layer, out = pack_weights(fmt, weights, SILU), np.full((2, 64), np.nan, np.float32)
+        run_layer(layer, *batch, out, workspace)
+        assert nmse(out, expected(layer, weights, *batch)) <= tolerance(fmt, "float32")
+
+
 class TestBits:
     """The same bits whatever else happens: threads, batch, repetition."""
 
@@ -201,6 +210,18 @@ class TestNotFinite:
         assert broken[[4, 11]].all()
         assert np.array_equal(np.isnan(got), broken)
         assert np.array_equal(got[~broken], clean[~broken])
+
+    @pytest.mark.parametrize("shape", SHAPES)
+    @pytest.mark.parametrize("fmt", FORMATS)
+    def test_infinite_input_stays_visible_where_shapes_are_padded(self, fmt, shape):
+        # Here an infinite output may become NaN: padding multiplies infinity by zero.
+        hidden, inner, gated, bias = SHAPES[shape]
+        layer, _ = make_layer(fmt, hidden, inner, 5, gated, bias)
+        x, ids, routing = make_batch(3, hidden, 5, 2)
+        x[1, hidden - 1] = np.inf
+        visible = ~np.isfinite(run(layer, x, ids, routing))
+        assert np.array_equal(visible.all(1), [False, True, False])
+        assert np.array_equal(visible.any(1), [False, True, False])
 
     @pytest.mark.parametrize("fmt", ["float32", "int4"])
     @pytest.mark.parametrize("name", GATES)
@@ -291,6 +312,22 @@ class TestBadArguments:
         with pytest.raises(RoutingError, match="out must be"):
             call(make_layer("float32", 64, 128)[0], out)
         assert not out.any()
+
+    @pytest.mark.parametrize(
+        "shards",
+        [
+            np.zeros((1, 2), np.int32),
+            np.zeros((5, 2)),
+            np.tile(np.int32([0, 99]), (5, 1)),
+            np.tile(np.int32([-1, 1]), (5, 1)),
+        ],
+        ids=["too few", "float64", "past the end", "negative"],
+    )
+    def test_include_shards_that_do_not_exist(self, shards):
+        out = np.full((4, 64), np.nan, np.float32)
+        with pytest.raises(RoutingError, match="shards"):
+            call(make_layer("float32", 64, 128)[0], out, shards=shards)
+        assert np.isnan(out).all()
 
     @settings(max_examples=200, deadline=None)
     @given(

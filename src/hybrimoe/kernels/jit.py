@@ -5,6 +5,7 @@ compiled again, and a planted one runs code. `GuardedCache` recompiles in the fi
 away from folders that others may write to in the second.
 """
 
+import contextlib
 import functools
 import os
 import pickle
@@ -18,6 +19,7 @@ from numba.core.caching import FunctionCache, NullCache
 FASTMATH = {"nsz", "arcp", "contract", "afn", "reassoc"}
 """No nnan and no ninf: a broken model must show its NaN."""
 
+NOT_COMPILED = {"reference.py", "torch_experts.py", "triton_experts.py", "moe.py"}
 _OPTIONS = {"fastmath": FASTMATH, "nogil": True, "error_model": "numpy", "_nrt": False}
 INLINED = {"fastmath": FASTMATH, "forceinline": True, "_nrt": False}
 """Options of the overloads that make up an inner loop."""
@@ -62,12 +64,12 @@ def folder_problem(path):
     if status.st_uid != os.geteuid():
         return f"{path} belongs to another user"
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return f"{path} can be written by others"
+        return f"{path} can be written by others; make it private with chmod go-w"
     return None
 
 
 class GuardedCache(FunctionCache):
-    """numba's cache, keyed on all kernel sources, that recompiles what it cannot read."""
+    """numba's cache, keyed on all kernel sources, that recompiles what it cannot read or write."""
 
     def __init__(self, function):
         super().__init__(function)
@@ -77,12 +79,19 @@ class GuardedCache(FunctionCache):
         try:
             return super().load_overload(sig, target_context)
         except (pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, IndexError):
-            self.flush()
+            with contextlib.suppress(OSError):
+                self.flush()
             return None
+
+    def save_overload(self, sig, data):
+        # A full disk or a read-only folder costs the next process a compilation, not this one a call.
+        with contextlib.suppress(OSError):
+            super().save_overload(sig, data)
 
 
 @functools.cache
 def _sources_stamp():
     # An inlined function lives in another file than its caller; numba watches only the caller's.
-    files = sorted(Path(__file__).parent.glob("*.py"))
+    folder = Path(__file__).parent
+    files = sorted(f for f in folder.glob("*.py") if f.name not in NOT_COMPILED)
     return tuple((f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in files)

@@ -45,11 +45,11 @@ class Workspace:
 
     def __init__(self) -> None:
         self._buffers: dict[str, np.ndarray] = {}
-        self._launches: dict[tuple[int, ...], Launch] = {}
+        self._launches: dict[tuple[object, ...], Launch] = {}
 
     def launch(self, layer: PackedLayer, tokens: int, k: int, threads: int) -> Launch:
-        """Everything for a launch of T = `tokens`, K = `k`; made once per size and layer."""
-        key = (id(layer.blobs), tokens, k, threads)
+        """Everything for a launch of T = `tokens`, K = `k`; made once per size."""
+        key = (layer.fmt, layer.layout, len(layer.blobs), tokens, k, threads)
         found = self._launches.get(key)
         if found is None:
             if len(self._launches) >= 1024:  # prompts of many lengths; making one costs 20 us
@@ -106,7 +106,7 @@ def run_layer(
     float32, shards [E, 2] int32 or None for all of every expert. All C-contiguous. Raises
     RoutingError before anything runs if an id is not in [0, E).
     """
-    check_arguments(layer, x, ids, weights, out, dtype)
+    check_arguments(layer, x, ids, weights, out, dtype, shards)
     tag, fmt, kind = ISA_TAGS[isa or HOST_ISA], FORMATS[layer.fmt], DTYPES[dtype]
     with launch.lock:
         for start in range(0, len(x), LONGEST):
@@ -127,14 +127,26 @@ def check_arguments(
     weights: np.ndarray,
     out: np.ndarray,
     dtype: str,
+    shards: np.ndarray | None = None,
 ) -> None:
     """Raise unless a launch is safe: a kernel checks nothing and a bad index would crash."""
+    if dtype not in DTYPES:
+        raise RoutingError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if x.ndim != 2 or ids.ndim != 2:
+        raise RoutingError(f"x and ids must have two dimensions, got {x.shape} and {ids.shape}")
     number = np.dtype(np.float32 if dtype == "float32" else np.uint16)
     shape, experts = (len(x), layer.hidden), layer.blobs.shape[0]
     _check("x", x, shape, number)
     _check("out", out, shape, number)
     _check("ids", ids, (len(x), ids.shape[-1]), np.dtype(np.int64))
     _check("weights", weights, ids.shape, np.dtype(np.float32))
+    if shards is not None:
+        _check("shards", shards, (experts, 2), np.dtype(np.int32))
+        if not 0 <= shards.min() <= shards.max() <= layer.layout.shards:
+            raise RoutingError(
+                f"shards must lie in [0, {layer.layout.shards}], got "
+                f"[{shards.min()}, {shards.max()}]"
+            )
     if not ids_in_range(ids, experts):
         bad = ids[(ids < 0) | (ids >= experts)][0]
         raise RoutingError(f"expert ids must lie in [0, {experts}), got {bad}")

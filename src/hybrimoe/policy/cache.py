@@ -73,6 +73,7 @@ class Cache:
         if ranking.shares == "frequency" and frequency is not None:
             self.quota = quotas(frequency, self.slots)
         self._by_layer = ranking.scope == "layer"
+        self._within = self._by_layer
         self._staged = 0
 
     def resident(self, layer: int) -> Array:
@@ -86,8 +87,13 @@ class Cache:
         return times
 
     def observe(self, load: Load) -> None:
-        """Learn from what a router asked for, hit or not."""
+        """Learn from what a router asked for, hit or not.
+
+        A pass that runs most experts of every layer, as prefill does, comes to the other layers'
+        experts before it comes back: until the next load, slots do not move between layers.
+        """
         books = self.books
+        self._within = self._by_layer or 2 * load.experts.size > self.experts
         books.tick += 1
         note(
             load.layer,
@@ -115,7 +121,7 @@ class Cache:
         slot, worth = evict(
             self.ranking.worth(self.books),
             *(self.owner, self.references, self.arrival, self.occupied, self.quota),
-            *(self.floor, self._by_layer, layer, kept, now),
+            *(self.floor, self._within, layer, kept, now),
         )
         return int(slot), float(worth)
 
@@ -141,7 +147,7 @@ class Cache:
         slot, generation, *victim = claim(
             self.ranking.worth(self.books),
             *(self.owner, self.references, self.arrival, self.occupied, self.quota),
-            *(self.floor, self._by_layer, layer, _kept(keep), now),
+            *(self.floor, self._within, layer, _kept(keep), now),
             *(self.slot, self.generation, expert, self.ranking.admission and not force),
         )
         if slot < 0:
@@ -157,7 +163,7 @@ class Cache:
         claims = claim_each(
             self.ranking.worth(self.books),
             *(self.owner, self.references, self.arrival, self.occupied, self.quota),
-            *(self.floor, self._by_layer, layer, keep, now),
+            *(self.floor, self._within, layer, keep, now),
             *(self.slot, self.generation, experts, limit, self.ranking.admission),
         )
         return [

@@ -172,9 +172,7 @@ class RoutingTrace:
             raise TraceError(f"{path} has trace version {head.ravel()[:1]}, this reads {VERSION}")
         arrays = {name: stored[name] for name in ARRAYS}
         shape = tuple(int(n) for n in stored.get("shape", ()))
-        return cls(
-            int(head[1]), int(head[2]), model=str(stored["model"]), shape=shape, **arrays
-        )
+        return cls(int(head[1]), int(head[2]), model=str(stored["model"]), shape=shape, **arrays)
 
     def _forecast(self, step: int, layer: int, ahead: int) -> Forecast:
         expected = self.forecast_tokens[step, layer, ahead].astype(np.float64)

@@ -9,6 +9,7 @@ from numba import njit
 from hybrimoe.errors import ConfigError, ProfileError
 from hybrimoe.policy.cache import Cache, Move
 from hybrimoe.policy.cost import SHARDS, CostModel
+from hybrimoe.policy.drawing import draw, draw_copy, draw_cpu
 from hybrimoe.policy.engine import Engine, Policies
 from hybrimoe.policy.forecaster import Markov
 from hybrimoe.policy.planning import by_tokens, cpu_end, ends, gpu_s
@@ -63,10 +64,10 @@ class SimExecutor:
         self.busy = np.zeros(len(Lane))
         self.uploads = 0
         self.link_bytes = 0
-        self._layer = 0
         self._end = 0.0
         self._cpu = (0.0, 0.0, 0.0)
-        self._experts = (0, 0)
+        self._load: Load
+        self._plan: Plan
 
     def dense(self, layer: int, tokens: int, timeline: Timeline) -> None:
         """The rest of the layer, before its experts."""
@@ -77,7 +78,7 @@ class SimExecutor:
     def policy(self, seconds: float, wait: bool, timeline: Timeline) -> None:
         """Host work of the policies; planning holds up the layer, prefetching does not."""
         self.busy[POLICY] += seconds
-        end = timeline.push(Lane.POLICY, seconds, what="policy")
+        end = timeline.push(Lane.POLICY, seconds, what="plan" if wait else "prefetch")
         if wait:
             timeline.now = end
 
@@ -85,11 +86,11 @@ class SimExecutor:
         self, load: Load, plan: Plan, ready: Array, moves: list[Move], timeline: Timeline
     ) -> None:
         vector, now = self.cost.vector, timeline.now
-        link = timeline.free[LINK]
+        link, before = timeline.free[LINK], timeline.free[GPU]
         gpu, link_end, start, alone, contended = _execute(
             load.tokens, ready, plan.shards, timeline.free, now, vector
         )
-        self._layer, self._experts = load.layer, (plan.gpu.size, plan.cpu.size)
+        self._load, self._plan = load, plan
         self._end, self._cpu = gpu, (start, alone, contended)
         self.busy[GPU] += _gpu_work(load.tokens, plan.shards, vector)
         if moves:
@@ -100,7 +101,8 @@ class SimExecutor:
             timeline.free[LINK] = link_end
         timeline.free[GPU] = gpu
         if timeline.spans is not None:
-            self._draw(load, plan, timeline, now, max(link, now), link_end)
+            lanes = max(before, now), max(link, now)
+            timeline.spans += draw(load, plan, ready, now, lanes, self.cost, alone > 0.0)
 
     def copy(self, move: Move, timeline: Timeline) -> float:
         cost = self.cost
@@ -110,7 +112,10 @@ class SimExecutor:
         self.uploads += move.first == 0
         self.link_bytes += size
         self.busy[LINK] += seconds
-        return timeline.push(Lane.LINK, seconds, what=f"copy {move.layer}.{move.expert}")
+        arrival = timeline.push(Lane.LINK, seconds)
+        if timeline.spans is not None:
+            timeline.spans[-1] = draw_copy(move, timeline.spans[-1], size)
+        return arrival
 
     def join(self, timeline: Timeline) -> None:
         start, alone, contended = self._cpu
@@ -120,25 +125,9 @@ class SimExecutor:
             self.busy[CPU] += done - start + self.cost.cpu_first
             if timeline.spans is not None:
                 first = start - self.cost.cpu_first
-                what = f"{self._experts[1]} experts"
-                span = Span(Lane.CPU, first, done - first, what, self._layer, self._experts[1])
-                timeline.spans.append(span)
+                timeline.spans += draw_cpu(self._load, self._plan, first, done, self.cost)
             end = max(end, done)
         timeline.join(max(end, timeline.now))
-
-    def _draw(
-        self, load: Load, plan: Plan, timeline: Timeline, now: float, link: float, link_end: float
-    ) -> None:
-        spans = timeline.spans
-        assert spans is not None
-        layer, tokens = load.layer, int(load.tokens.sum())
-        if plan.gpu.size:
-            seconds = timeline.free[GPU] - now
-            what = f"{plan.gpu.size} experts"
-            spans.append(Span(Lane.GPU, now, seconds, what, layer, plan.gpu.size, tokens))
-        if plan.copies.size:
-            count = plan.copies.size
-            spans.append(Span(Lane.LINK, link, link_end - link, f"{count} copies", layer, count))
 
 
 def simulate(

@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from hybrimoe.errors import UnsupportedModelError
 from hybrimoe.kernels.activations import NAMES, SOFTCAP, Gate
 
-FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
+FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+TOP_K_NAMES = (
+    "num_experts_per_tok",
+    "top_k_experts",
+    "moe_topk",
+    "moe_num_experts_per_tok",
+    "moe_k",
+)
 ALPHAS, LIMITS = ("alpha", "swiglu_alpha"), ("limit", "swiglu_limit")
 
 
@@ -120,7 +127,7 @@ def _describe(module: Any) -> ExpertWeights:
         find_gate(module),
         up_bias,
         down_bias,
-        module.post_expert_norm if module.has_post_expert_norm else None,
+        module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None,
         tuple(names),
     )
 
@@ -131,6 +138,16 @@ def _split(tensor: Tensor, matrices: int, concatenated: bool) -> Tensor:
     if concatenated:
         return tensor.detach().unflatten(1, (matrices, size))
     return tensor.detach().unflatten(1, (size, matrices)).transpose(1, 2)
+
+
+def top_k_of(model: Any) -> int:
+    """Experts per token by the model's configuration, 2 where no known name says it."""
+    config = model.config.get_text_config()
+    for name in TOP_K_NAMES:
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return 2
 
 
 def find_gate(module: Any) -> Gate:
@@ -147,7 +164,8 @@ def find_gate(module: Any) -> Gate:
         wanted = module._apply_gate(torch.stack([gate, up], 1).reshape(-1))
     for candidate in _candidates(module):
         if torch.allclose(evaluate_gate(candidate, gate, up), wanted.float(), rtol=1e-4, atol=1e-4):
-            return candidate
+            kind, *numbers = candidate
+            return Gate(kind, *map(float, numbers))  # an int would compile the kernels anew
     raise UnsupportedModelError(
         f"the gate of {type(module).__name__} is none of the formulas hybrimoe has "
         f"({', '.join(NAMES)}, with clamps); its act_fn is {getattr(module, 'act_fn', None)}"

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hybrimoe.errors import RoutingError, WrappedModelError
+from hybrimoe.errors import RoutingError
 from hybrimoe.kernels.layout import expert_layout
-from hybrimoe.kernels.moe import PackedLayer, run_layer
+from hybrimoe.kernels.moe import PackedLayer, check_arguments, run_layer
 from hybrimoe.runtime import formats
 from hybrimoe.runtime.adapters import ExpertWeights, FoundExperts
+from hybrimoe.runtime.guards import refuse_copy, refuse_load, refuse_move, refuse_pickle
+from hybrimoe.runtime.executor import Call
+from hybrimoe.runtime.hybrid import Hybrid
 from hybrimoe.runtime.pool import ExpertPool, allocate_blobs, checksum
 from hybrimoe.runtime.stats import Stats
 
@@ -32,6 +35,7 @@ class PooledExperts(nn.Module):
         described = found.describe(found.module)
         self.name, self.threads, self.stats, self.pool = found.name, threads, stats, pool
         self.post_norm = described.post_norm
+        self.hybrid: Hybrid | None = None  # who shares the work with an accelerator, if anyone
         # Kept out of nn.Module's registry: its parameters are not parameters of the model now.
         self.__dict__["original"] = found.module
         self.__dict__["found"] = found
@@ -116,21 +120,35 @@ class PooledExperts(nn.Module):
                 f"{hidden.dtype} {tuple(hidden.shape)} in {self.name}"
             )
         started = time.perf_counter()
-        out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
         experts = _numpy(ids if ids.dtype == torch.int64 else ids.to(torch.int64))
         weights = weights if weights.dtype == torch.float32 else weights.to(torch.float32)
-        run_layer(
-            self.packed,
-            _numpy(hidden),
-            experts,
-            _numpy(weights),
-            _numpy(out),
-            self.pool.workspace,
-            formats.NATIVE[hidden.dtype],
-            self.threads,
-        )
+        if self.hybrid is not None:
+            out = self._shared(hidden, experts, weights)
+        else:
+            out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+            run_layer(
+                self.packed,
+                _numpy(hidden),
+                experts,
+                _numpy(weights),
+                _numpy(out),
+                self.pool.workspace,
+                formats.NATIVE[hidden.dtype],
+                self.threads,
+            )
         self.stats.record(self.index, experts, time.perf_counter() - started)
         return out
+
+    def _shared(self, hidden: Tensor, ids: np.ndarray, weights: Tensor) -> Tensor:
+        """The layer on CPU and accelerator together, by the engine's plan; sums in float32."""
+        assert self.hybrid is not None
+        if not ids.size:
+            return torch.zeros_like(hidden)
+        x = hidden.to("cpu", torch.float32)
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        check_arguments(self.packed, _numpy(x), ids, _numpy(weights), _numpy(out), "float32")
+        self.hybrid.forward(self.index, Call(_numpy(x), ids, _numpy(weights), _numpy(out)))
+        return out.to(hidden.device, hidden.dtype)
 
     def _described(self, tensors: dict[str, Tensor]) -> ExpertWeights:
         """`ExpertWeights` views on other tensors of the original's shapes."""
@@ -161,27 +179,20 @@ class PooledExperts(nn.Module):
         for name, tensor in self.unpacked().items():
             destination[prefix + name] = tensor
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        raise WrappedModelError(
-            "a wrapped model cannot load a state dict; call hybrimoe.unwrap(model) first"
-        )
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        refuse_load()
+
+    def __deepcopy__(self, memo: Any) -> NoReturn:
+        refuse_copy()
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        refuse_pickle()
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         packed = self.packed
         experts, size = packed.blobs.shape
         return f"{experts} experts as {packed.fmt}, {size / 2**20:.2f} MiB each"
-
-
-def refuse_move(fn: Any, dtype: torch.dtype) -> None:
-    """Raise if `fn`, given by `.to()`, `.half()` or `.cuda()`, would leave the experts behind."""
-    probe = torch.empty(0, dtype=dtype)
-    moved = fn(probe)
-    if moved.dtype != probe.dtype or moved.device != probe.device:
-        raise WrappedModelError(
-            f"a wrapped model cannot be moved to {moved.device} or cast to {moved.dtype}: its experts "
-            "live in the pool; call hybrimoe.unwrap(model), move or cast, and wrap again"
-        )
 
 
 class _Borrowed:
@@ -246,6 +257,8 @@ def _numpy(tensor: Tensor) -> np.ndarray:
     # Each torch call costs microseconds in decode, so only those that are needed are made.
     if tensor.requires_grad:
         tensor = tensor.detach()
+    if tensor.device.type != "cpu":
+        tensor = tensor.cpu()
     if not tensor.is_contiguous():
         tensor = tensor.contiguous()
     if tensor.dtype in (torch.bfloat16, torch.float16):

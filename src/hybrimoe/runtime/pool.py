@@ -6,6 +6,7 @@ import mmap
 
 import numpy as np
 
+from hybrimoe.errors import WrappedModelError
 from hybrimoe.kernels.layout import Layout
 from hybrimoe.kernels.moe import PackedLayer, Workspace
 
@@ -30,7 +31,10 @@ class ExpertPool:
     def layer(self, index: int) -> PackedLayer:
         """The packed experts of one layer; raises if they were released."""
         layer = self.layers[index]
-        assert layer is not None, f"layer {index} was released"
+        if layer is None:
+            raise WrappedModelError(
+                f"the experts of layer {index} were released by hybrimoe.unwrap"
+            )
         return layer
 
     def release(self, index: int) -> None:

@@ -1,0 +1,210 @@
+"""Figures from traces and results (extra `plot`: matplotlib).
+
+Every function returns a matplotlib Figure; `save` writes it. Lanes differ in lightness and in
+hatching, so that they can be told apart in grey.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hybrimoe.errors import ConfigError
+from hybrimoe.policy.cost import write_atomically
+from hybrimoe.policy.simulator import Result
+from hybrimoe.policy.timeline import Array, Lane, Span
+
+try:
+    from matplotlib.figure import Figure
+except ImportError as error:
+    raise ConfigError("figures need matplotlib: pip install 'hybrimoe[plot]'") from error
+
+COLOURS = {"GPU": "#1b4965", "CPU": "#f4a259", "LINK": "#cfe8ef", "POLICY": "#8d99ae"}
+HATCHES = {"GPU": "", "CPU": "///", "LINK": "...", "POLICY": "xxx"}
+NAMES = {"GPU": "GPU", "CPU": "CPU", "LINK": "link", "POLICY": "policy"}
+INK = {"GPU": "white", "CPU": "black", "LINK": "black", "POLICY": "black"}
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+NARROWEST = 0.028  # share of the axis below which a block gets no label
+
+
+def save(figure: Any, path: str | Path) -> None:
+    """Write a figure; the file's ending says the format."""
+    path = Path(path)
+    ending = path.suffix.lstrip(".").lower() or "png"
+    known = figure.canvas.get_supported_filetypes()
+    if ending not in known:
+        raise ConfigError(f"a figure's name must end in one of {sorted(known)}, got {path.name}")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=ending, dpi=120, bbox_inches="tight")
+    write_atomically(path, buffer.getvalue())
+
+
+def draw_layer(spans: Sequence[Span], layer: int, title: str = "") -> Any:
+    """One layer's timeline: what GPU, link and CPU do from the end of its router to its join.
+
+    spans: of one step, as `simulate(..., spans=True)` returns them.
+    """
+    mine = [span for span in spans if span.layer == layer and span.lane is not Lane.POLICY]
+    compute = [span for span in mine if span.lane is not Lane.LINK]
+    if not compute:
+        raise ConfigError(f"no span belongs to layer {layer}")
+    # The GPU's or the CPU's first expert may wait; the plan is made when the router is done.
+    dense = [s for s in spans if s.lane is Lane.POLICY and s.start <= min(c.start for c in compute)]
+    start = max((s.start + s.seconds for s in dense if s.what == "plan"), default=compute[0].start)
+    end = max(span.start + span.seconds for span in compute)
+    figure = Figure(figsize=(9, 2.6))
+    axes = figure.add_subplot()
+    width = (end - start) * 1e6
+    for row, lane in enumerate((Lane.CPU, Lane.LINK, Lane.GPU)):
+        for span in spans:
+            if span.lane is lane and span.start < end and span.start + span.seconds > start:
+                shown = span.layer == layer or lane is Lane.LINK
+                if shown:
+                    _block(axes, span, row, start, width)
+    axes.axvline(width, color="black", linewidth=1.2, linestyle="--")
+    axes.text(width * 1.004, 2.45, "join", va="center", fontsize=8)
+    axes.set_yticks(range(3), ["CPU", "link", "GPU"])
+    axes.set_xlim(0, width * 1.07)
+    axes.set_ylim(-0.5, 2.7)
+    axes.set_xlabel("microseconds since the router of this layer was done")
+    axes.set_title(title or f"layer {layer}", fontsize=10, loc="left")
+    _plain(axes)
+    return figure
+
+
+def draw_heatmap(frequency: Array, title: str = "") -> Any:
+    """How often each expert of each layer ran: [L, E] shares of a layer's tokens."""
+    layers, experts = frequency.shape
+    figure = Figure(figsize=(min(3 + experts * 0.16, 12), min(1.6 + layers * 0.16, 9)))
+    axes = figure.add_subplot()
+    image = axes.imshow(
+        100 * frequency, cmap="cividis_r", aspect="auto", interpolation="nearest", vmin=0
+    )
+    bar = figure.colorbar(image, ax=axes, pad=0.02)
+    bar.set_label(f"% of the layer's tokens (uniform: {100 / experts:.1f} %)")
+    axes.set_xlabel("expert")
+    axes.set_ylabel("layer")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.set_title(f"{title}: how often each expert runs".lstrip(": "), fontsize=10, loc="left")
+    return figure
+
+
+def draw_hit_rates(
+    residency: Sequence[float], rates: Mapping[str, Sequence[float]], title: str = ""
+) -> Any:
+    """Hit rate against the share of experts that are resident; "Belady" is drawn as a bound."""
+    figure = Figure(figsize=(6, 4))
+    axes = figure.add_subplot()
+    shares = 100 * np.asarray(residency)
+    shades = np.linspace(0.0, 0.72, max(len(rates), 2))
+    for i, (name, values) in enumerate(rates.items()):
+        style: dict[str, Any] = {"marker": MARKERS[i % len(MARKERS)], "color": str(shades[i])}
+        if name == "Belady":
+            style = {"color": "black", "linestyle": "--", "linewidth": 1}
+        label = "Belady (bound)" if name == "Belady" else name
+        axes.plot(shares, 100 * np.asarray(values), label=label, markersize=5, **style)
+    axes.set_xlabel("resident experts, % of all")
+    axes.set_ylabel("hit rate, %")
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    _plain(axes)
+    return figure
+
+
+def draw_lanes(results: Sequence[Result]) -> Any:
+    """Busy milliseconds of each lane per token beside the time a token takes, per preset.
+
+    The lanes work side by side, so a stack is longer than the token: what sticks out was overlapped.
+    """
+    decode = results[0].decode_s_per_token is not None
+    ordered = sorted(results, key=_seconds, reverse=True)
+    figure = Figure(figsize=(8, 1.2 + 0.42 * len(ordered)))
+    axes = figure.add_subplot()
+    rows = np.arange(len(ordered))
+    left = np.zeros(len(ordered))
+    for lane in ("GPU", "CPU", "LINK", "POLICY") if decode else ():
+        busy = 1e3 * np.array([result.lanes[lane] for result in ordered])
+        axes.barh(
+            *(rows, busy, 0.55, left),
+            color=COLOURS[lane],
+            hatch=HATCHES[lane],
+            edgecolor="black",
+            linewidth=0.5,
+            label=f"{NAMES[lane]} busy",
+        )
+        left += busy
+    total = 1e3 * np.array([_seconds(result) for result in ordered])
+    what = "time per token" if decode else "time to first token"
+    axes.plot(total, rows, "D", color="black", markersize=6, label=what)
+    for row, value in zip(rows, total):
+        widest = max(value, left[row])
+        axes.text(widest + 0.01 * max(left.max(), total.max()), row, f"{value:.2f}", va="center")
+    axes.set_xlim(0, 1.12 * max(left.max(), total.max()))
+    axes.set_yticks(rows, [result.preset for result in ordered])
+    axes.set_xlabel("milliseconds per token" if decode else "milliseconds")
+    axes.set_title(f"{results[0].profile}, {results[0].slots} experts resident", loc="left")
+    axes.legend(
+        fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.55 / len(ordered) - 0.08), ncols=5
+    )
+    _plain(axes)
+    return figure
+
+
+def draw_beside(
+    rows: Sequence[str], paper: Sequence[float], ours: Sequence[float], unit: str, title: str = ""
+) -> Any:
+    """The paper's bars beside ours, with the ratio above each pair."""
+    figure = Figure(figsize=(max(1.3 * len(rows), 6), 3.6))
+    axes = figure.add_subplot()
+    at = np.arange(len(rows))
+    axes.bar(at - 0.2, paper, 0.38, color="#cfe8ef", edgecolor="black", hatch="///", label="paper")
+    axes.bar(at + 0.2, ours, 0.38, color="#1b4965", edgecolor="black", label="simulated")
+    for x, theirs, mine in zip(at, paper, ours):
+        axes.text(x, max(theirs, mine) * 1.02, f"{mine / theirs - 1:+.0%}", ha="center", fontsize=8)
+    axes.set_xticks(at, rows, fontsize=8)
+    axes.set_ylabel(unit)
+    axes.set_ylim(0, 1.15 * max(*paper, *ours))
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.legend(fontsize=8)
+    _plain(axes)
+    return figure
+
+
+def _seconds(result: Result) -> float:
+    seconds = result.decode_s_per_token
+    return (result.prefill_s or 0.0) if seconds is None else seconds
+
+
+def _block(axes: Any, span: Span, row: int, start: float, width: float) -> None:
+    name = span.lane.name
+    left = max((span.start - start) * 1e6, 0.0)
+    length = min((span.start + span.seconds - start) * 1e6, width * 1.07) - left
+    axes.barh(
+        *(row, length, 0.62, left),
+        color=COLOURS[name],
+        hatch=HATCHES[name],
+        edgecolor="black" if name != "GPU" else "white",
+        linewidth=0.6,
+    )
+    if length > NARROWEST * width:
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85}
+        style = {} if name == "GPU" else {"bbox": box}
+        axes.text(
+            *(left + length / 2, row, span.what),
+            ha="center",
+            va="center",
+            fontsize=7,
+            color=INK[name],
+            **style,
+        )
+
+
+def _plain(axes: Any) -> None:
+    axes.spines["top"].set_visible(False)
+    axes.spines["right"].set_visible(False)

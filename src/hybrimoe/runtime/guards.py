@@ -1,0 +1,82 @@
+"""What would break wrapped experts is refused before any part of the model has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from hybrimoe.errors import WrappedModelError
+
+
+class Guards:
+    """Stand on every module around pooled experts, so that `model.model.half()` is met as well.
+
+    A move or a state dict reaches children one after the other: refused at the experts it would be
+    refused too late.
+    """
+
+    def __init__(self) -> None:
+        self._modules: list[nn.Module] = []
+        self._hooks: list[Any] = []
+
+    def install(self, model: nn.Module, names: list[str], dtypes: set[torch.dtype]) -> None:
+        """Guard all modules on the paths to the experts called `names`."""
+        parts = [name.split(".") for name in names]
+        paths = {".".join(path[:depth]) for path in parts for depth in range(len(path))}
+        for path in sorted(paths):
+            module = model.get_submodule(path)
+            self._modules.append(module)
+            self._hooks.append(module.register_load_state_dict_pre_hook(refuse_load))
+            module.__dict__["_apply"] = _guarded_apply(module, dtypes)
+
+    def remove(self) -> None:
+        """Leave no trace on the modules."""
+        for module in self._modules:
+            module.__dict__.pop("_apply", None)
+        for hook in self._hooks:
+            hook.remove()
+
+
+def refuse_move(fn: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+    """Raise if `fn`, given by `.to()`, `.half()` or `.cuda()`, would leave the experts behind."""
+    probe = torch.empty(0, dtype=dtype)
+    moved = fn(probe)
+    if moved.dtype != probe.dtype or moved.device != probe.device:
+        raise WrappedModelError(
+            f"a wrapped model cannot be moved to {moved.device} or cast to {moved.dtype}: its experts "
+            "live in the pool; call hybrimoe.unwrap(model), move or cast, and wrap again"
+        )
+
+
+def refuse_load(*_: Any) -> NoReturn:
+    """Raise on any attempt to load weights."""
+    raise WrappedModelError(
+        "a wrapped model cannot load a state dict; call hybrimoe.unwrap(model) first"
+    )
+
+
+def refuse_copy() -> NoReturn:
+    """Raise on deepcopy."""
+    raise WrappedModelError(
+        "a wrapped model cannot be copied: its experts live once, in the pool; "
+        "call hybrimoe.unwrap(model) first"
+    )
+
+
+def refuse_pickle() -> NoReturn:
+    """Raise on pickle.dump and torch.save."""
+    raise WrappedModelError(
+        "a wrapped model cannot be pickled; use model.save_pretrained, or hybrimoe.unwrap first"
+    )
+
+
+def _guarded_apply(module: nn.Module, dtypes: set[torch.dtype]) -> Callable[..., nn.Module]:
+    def apply(fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        for dtype in dtypes:
+            refuse_move(fn, dtype)
+        return type(module)._apply(module, fn, recurse)
+
+    return apply

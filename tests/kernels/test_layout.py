@@ -1,0 +1,75 @@
+"""Where the numbers of a packed expert lie."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hybrimoe.kernels.layout import (
+    BLOCK_BYTES,
+    GROUP,
+    LINE,
+    QUANTIZED,
+    ROWS,
+    block_bytes,
+    expert_layout,
+    shard_count,
+)
+
+SIZES = st.integers(1, 20_000)
+FORMATS = st.sampled_from(list(BLOCK_BYTES))
+
+
+@given(FORMATS, SIZES, SIZES, st.booleans(), st.booleans())
+def test_shards_cover_the_expert(fmt, hidden, inner, gated, bias):
+    layout = expert_layout(fmt, hidden, inner, gated, bias)
+    assert layout.inner >= inner
+    assert layout.hidden >= hidden > layout.hidden - GROUP
+    assert layout.width % GROUP == layout.hidden % GROUP == 0
+    assert layout.expert_bytes == layout.shards * layout.shard_bytes
+
+
+@given(FORMATS, SIZES, SIZES, st.booleans(), st.booleans())
+def test_every_block_and_shard_starts_on_a_cache_line(fmt, hidden, inner, gated, bias):
+    layout = expert_layout(fmt, hidden, inner, gated, bias)
+    offsets = layout.up_block, layout.down_block, layout.down_at, layout.shard_bytes
+    assert all(offset % LINE == 0 for offset in offsets)
+    assert layout.bias_at % 4 == 0
+
+
+@given(FORMATS, SIZES, SIZES, st.booleans(), st.booleans())
+def test_parts_of_a_shard_follow_each_other_without_overlap(fmt, hidden, inner, gated, bias):
+    layout = expert_layout(fmt, hidden, inner, gated, bias)
+    ups = layout.matrices * layout.width // ROWS * layout.up_block
+    downs = layout.hidden // ROWS * layout.down_block
+    biases = 4 * (layout.matrices * layout.width + layout.hidden) if bias else 0
+    assert layout.down_at == ups
+    assert layout.bias_at == (ups + downs if bias else 0)
+    assert 0 <= layout.shard_bytes - (ups + downs + biases) < LINE
+
+
+@given(FORMATS, st.integers(1, 400), st.integers(1, 400), st.booleans())
+def test_padding_wastes_little(fmt, hidden_groups, inner_groups, gated):
+    hidden, inner = hidden_groups * GROUP, inner_groups * GROUP
+    layout = expert_layout(fmt, hidden, inner, gated, False)
+    per_group = BLOCK_BYTES[fmt] + 2 * (fmt in QUANTIZED)
+    needed = layout.matrices * inner * hidden_groups * per_group + hidden * inner_groups * per_group
+    spread = 1.08 if inner_groups > 10 else 1.2  # over shards of equal width
+    assert layout.inner <= spread * inner
+    assert layout.expert_bytes <= 1.3 * needed + 64 * (layout.inner + hidden) / ROWS * 3
+
+
+@pytest.mark.parametrize(
+    ("inner", "shards"), [(768, 4), (1408, 4), (14336, 4), (2880, 5), (32, 1), (96, 3), (160, 5)]
+)
+def test_models_in_use_are_split_without_padding(inner, shards):
+    assert shard_count(inner // GROUP) == shards
+    assert expert_layout("int4", 2048, inner, True, False).inner == inner
+
+
+@pytest.mark.parametrize(("fmt", "bits"), [("int4", 4.5), ("int8", 8.5), ("bfloat16", 16)])
+def test_a_block_takes_the_bits_per_weight_of_its_format(fmt, bits):
+    assert block_bytes(fmt, 2048) == 2048 * ROWS * bits / 8
+
+
+def test_a_native_expert_takes_no_more_than_its_checkpoint():
+    assert expert_layout("bfloat16", 2048, 768, True, False).expert_bytes == 3 * 2048 * 768 * 2

@@ -1,0 +1,178 @@
+"""Small random experts packed as in production, and what they compute in float64."""
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from hybrimoe.kernels.activations import NAMES, SOFTCAP, Gate
+from hybrimoe.kernels.layout import expert_layout
+from hybrimoe.runtime.adapters import ExpertWeights, evaluate_gate
+from hybrimoe.runtime.formats import pack, unpack
+
+FORMATS = ("int4", "int8", "bfloat16", "float16", "float32")
+SILU = Gate(NAMES.index("silu"))
+GATES = {
+    **{name: Gate(kind) for kind, name in enumerate(NAMES) if kind != SOFTCAP},
+    "clamped": Gate(NAMES.index("silu"), 1.702, 0.7, 1.0),
+    "gelu clamped": Gate(NAMES.index("gelu"), 1.0, 0.5),
+    "softcap": Gate(SOFTCAP, 1.5, 2.5),
+}
+BOUNDS = {"float32": 1e-10, "float16": 1e-5, "bfloat16": 1e-4}
+"""NMSE that arithmetic in a dtype may cost."""
+
+
+class Case(NamedTuple):
+    """One layer and one batch; `k` slots per token out of `slots`."""
+
+    fmt: str = "int4"
+    dtype: str = "float32"
+    tokens: int = 2
+    k: int = 2
+    hidden: int = 40
+    inner: int = 50
+    slots: int = 5
+    gate: str = "silu"
+    gated: bool = True
+    bias: bool = False
+    parts: bool = False  # only some shards of each expert
+
+    def __str__(self):
+        default = Case()
+        changed = [f"{n}={v}" for n, v in self._asdict().items() if v != getattr(default, n)]
+        return " ".join(changed) or "default"
+
+
+def grid() -> list[Case]:
+    """Every format with every dtype; then one thing at a time."""
+    cases = [Case(fmt, dtype) for fmt in FORMATS for dtype in BOUNDS]
+    cases += [Case(tokens=t, k=1 + t % 2, hidden=33, inner=32) for t in (1, *range(3, 10))]
+    cases += [Case(tokens=33, k=1, hidden=32, inner=32), Case("bfloat16", tokens=33)]
+    cases += [Case(k=k) for k in (1, 5)]
+    cases += [Case("int8", hidden=hidden) for hidden in (1, 32, 33, 64, 200)]
+    cases += [Case("int4", inner=inner, tokens=1, k=1) for inner in (1, 32, 90, 128, 300)]
+    cases += [
+        Case(gate=gate, gated=gated, tokens=1, inner=32)
+        for gate in GATES
+        for gated in (True, False)
+    ]
+    cases += [
+        Case(fmt, bias=True, gated=gated, parts=gated, inner=90, tokens=1) for fmt in FORMATS
+        for gated in (True, False)
+    ]  # fmt: skip
+    return [*cases, Case(tokens=33, k=4, bias=True, parts=True, dtype="bfloat16")]
+
+
+class Layer(NamedTuple):
+    """Packed experts and the very numbers that the blobs hold."""
+
+    layout: object
+    blobs: torch.Tensor
+    stored: ExpertWeights
+
+
+@functools.cache
+def make_layer(fmt, hidden, inner, slots, gated, bias):
+    """A packed layer, outputs of order one."""
+    make = torch.Generator().manual_seed(0)
+    m = 2 if gated else 1
+    shapes = (slots, m, inner, hidden), (slots, hidden, inner), (slots, m, inner), (slots, hidden)
+    up, down, up_bias, down_bias = (torch.randn(shape, generator=make) for shape in shapes)
+    biases = (up_bias, down_bias) if bias else (None, None)
+    weights = ExpertWeights(up / hidden**0.5, down / inner**0.5, SILU, *biases)
+    layout = expert_layout(fmt, hidden, inner, gated, bias)
+    blobs = np.zeros((slots, layout.expert_bytes), np.uint8)
+    pack(fmt, layout, weights, blobs)
+    empty = [None if t is None else torch.full_like(t, torch.nan) for t in (up, down, *biases)]
+    stored = ExpertWeights(empty[0], empty[1], SILU, empty[2], empty[3])
+    unpack(fmt, layout, blobs, stored)
+    return Layer(layout, torch.from_numpy(blobs), stored)
+
+
+class Batch(NamedTuple):
+    """Arguments of `run` behind the layer, on the host."""
+
+    x: torch.Tensor
+    token: torch.Tensor
+    slot: torch.Tensor
+    weight: torch.Tensor
+    shards: torch.Tensor | None
+
+
+def make_batch(case: Case, shards: int) -> Batch:
+    """Random routing; with more than one token, one of them has lost a pair to the CPU."""
+    rng = np.random.default_rng(1)
+    ids = rng.random((case.tokens, case.slots)).argsort(1)[:, : case.k]
+    token, slot = np.repeat(np.arange(case.tokens), case.k), ids.reshape(-1)
+    if case.tokens > 1:
+        token, slot = token[1:], slot[1:]
+    order = np.argsort(slot, kind="stable")
+    limits = np.sort(rng.integers(0, shards + 1, (case.slots, 2)), 1)
+    return Batch(
+        torch.from_numpy(rng.standard_normal((case.tokens, case.hidden)).astype(np.float32)).to(
+            getattr(torch, case.dtype)
+        ),
+        torch.from_numpy(token[order].astype(np.int32)),
+        torch.from_numpy(slot[order].astype(np.int32)),
+        torch.from_numpy(rng.random(len(order)).astype(np.float32)),
+        torch.from_numpy(limits.astype(np.int32)) if case.parts else None,
+    )
+
+
+def expected(case: Case, layer: Layer, batch: Batch) -> torch.Tensor:
+    """float64 [T, D], every pair by itself."""
+    out = torch.zeros(batch.x.shape, dtype=torch.float64)
+    stored, width = layer.stored, layer.layout.width
+    for t, s, w in zip(batch.token.tolist(), batch.slot.tolist(), batch.weight.tolist()):
+        low, high = (0, layer.layout.shards) if batch.shards is None else batch.shards[s].tolist()
+        part = slice(low * width, high * width)
+        up = stored.up[s].double() @ batch.x[t].double()  # [M, F]
+        if case.bias:
+            up += stored.up_bias[s]
+        second = up[1] if case.gated else torch.ones_like(up[0])
+        h = evaluate_gate(GATES[case.gate], up[0], second)
+        y = stored.down[s].double()[:, part] @ h[part]
+        if case.bias and low == 0 < high:
+            y += stored.down_bias[s]
+        out[t] += w * y
+    return out
+
+
+def compute(run, case: Case, layer: Layer, batch: Batch, device="cpu", **options) -> torch.Tensor:
+    """float64 [T, D] by a module's `run`; the output starts at one, which shows what is lost."""
+    there = [None if t is None else t.to(device) for t in batch]
+    x, token, slot, weight, shards = there
+    shards = options.pop("shards", shards)
+    out = torch.ones(batch.x.shape, device=device)
+    gate, blobs = GATES[case.gate], layer.blobs.to(device)
+    run(case.fmt, layer.layout, gate, blobs, x, token, slot, weight, out, shards, **options)
+    return out.double().cpu() - 1
+
+
+def layer_of(case: Case) -> Layer:
+    return make_layer(case.fmt, case.hidden, case.inner, case.slots, case.gated, case.bias)
+
+
+def error(run, case: Case, device="cpu", **options) -> float:
+    """NMSE of a case; NaN if anything is NaN."""
+    layer = layer_of(case)
+    batch = make_batch(case, layer.layout.shards)
+    wanted = expected(case, layer, batch)
+    got = compute(run, case, layer, batch, device, **options)
+    return float((got - wanted).square().sum() / wanted.square().sum().clamp(min=1e-300))
+
+
+def partial_sum(run, case: Case, device="cpu", **options) -> float:
+    """NMSE of the sum of two runs, each with some of the shards of every expert."""
+    layer = layer_of(case)
+    batch = make_batch(case, layer.layout.shards)
+    cut = torch.arange(case.slots, dtype=torch.int32) % (layer.layout.shards + 1)
+    first = torch.stack([torch.zeros_like(cut), cut], 1)
+    second = torch.stack([cut, torch.full_like(cut, layer.layout.shards)], 1)
+    got = sum(
+        compute(run, case, layer, batch, device, shards=part.to(device), **options)
+        for part in (first, second)
+    )
+    wanted = expected(case, layer, batch)
+    return float((got - wanted).square().sum() / wanted.square().sum())
