@@ -104,7 +104,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=400)
     options = parser.parse_args()
     print(f"{describe()}\n")
-    print(f"{'format':9} {'between torch ops':>18} {'layer us':>9} {'kernel us':>10} {'overhead us':>12}")
+    print(
+        f"{'format':9} {'between torch ops':>18} {'layer us':>9} {'kernel us':>10} {'overhead us':>12}"
+    )
     results = []
     for fmt in ("int4", "int8", "bfloat16"):
         for between in (True, False):

@@ -92,7 +92,9 @@ def fit_routing(tokens: int) -> None:
         for _ in range(10):
             middle = (low + high) / 2
             changes = {"temporal": middle, "sequences": 1, "recall": ()}
-            trace = synthesise(few, *MODELS[model][1:3], tokens=tokens, **{"skew": SKEW[model]} | changes)
+            trace = synthesise(
+                few, *MODELS[model][1:3], tokens=tokens, **{"skew": SKEW[model]} | changes
+            )
             low, high = (
                 (middle, high) if hit_rate(trace, LRU(), slots)[0] < wanted else (low, middle)
             )

@@ -206,7 +206,10 @@ RECIPES = {
     "zaya": Recipe("ZayaForCausalLM", {"num_experts_per_tok": 1, "tie_word_embeddings": False}),
 }
 # Families that cannot be built tiny on the CPU, each with the reason.
-SKIPPED: dict[str, str] = {}
+SKIPPED: dict[str, str] = {
+    "glm_moe_dsa.GlmMoeDsaNaiveMoe": "its indexer keeps keys from call to call in this release of "
+    "transformers, so the unwrapped model fails, too",
+}
 # Load balancing terms of routers: small next to the scores, or every token takes the same experts.
 BALANCE = ("e_score_correction_bias", "expert_bias", "balancing_biases")
 

@@ -19,8 +19,7 @@ from parity import CLOSE, TOKENS, Parity, measure
 README = Path(__file__).parents[1] / "README.md"
 MARKER = "<!-- families -->"
 HEAD = (
-    "| family (experts class) | float32 | greedy tokens | bfloat16 NMSE | |\n"
-HEAD += "|---|--:|--:|--:|---|"
+    "| family (experts class) | float32 | greedy tokens | bfloat16 NMSE | |\n|---|--:|--:|--:|---|"
 )
 
 

@@ -208,14 +208,32 @@ class TestMRSModelScope(CacheContract):
     ranking = MRS(alpha=0.1, admission=True, scope="model")
 
     def test_slots_move_between_layers_down_to_a_floor(self) -> None:
-        cache = Cache(MRS(alpha=0.5, scope="model"), 6, 2, 6, top_k=1, floor=1)
+        cache = Cache(MRS(alpha=0.5, scope="model"), 6, 2, 12, top_k=1, floor=1)
         cache.fill()
         for _ in range(20):
             for layer, experts in ((0, [0]), (1, [0, 1, 2, 3, 4])):
-                cache.observe(load(experts, layer, total=6))
+                cache.observe(load(experts, layer, total=12))
                 for expert in experts:
                     cache.admit(layer, expert, keep=experts)
         assert cache.occupied.tolist() == [1, 5]
+
+    def test_a_pass_over_most_experts_takes_no_slot_from_another_layer(self) -> None:
+        cache = Cache(MRS(alpha=0.5, scope="model"), 6, 2, 6, top_k=1, floor=1)
+        cache.fill()
+        for _ in range(20):
+            cache.observe(load([0, 1, 2, 3, 4], 1, total=6))
+            for expert in range(5):
+                cache.admit(1, expert)
+        assert cache.occupied.tolist() == [3, 3]
+
+    def test_slots_that_may_move_start_evenly(self) -> None:
+        skewed = np.array([[9.0, 8.0, 7.0, 6.0], [0.4, 0.3, 0.2, 0.1]])
+        moving = Cache(MRS(scope="model"), 4, 2, 4)
+        moving.fill(skewed)
+        frozen = Cache(Static(scope="model"), 4, 2, 4)
+        frozen.fill(skewed)
+        assert moving.occupied.tolist() == [2, 2]
+        assert frozen.occupied.tolist() == [3, 1]
 
 
 class TestStatic(CacheContract):

@@ -23,6 +23,8 @@ from hybrimoe.policy.slots import (
 )
 from hybrimoe.policy.timeline import Array
 
+FLOOR = 0.75  # of an equal share: what one layer gives up beyond helps no other layer as much
+
 
 class Move(NamedTuple):
     """One copy of an expert, or of some of its shards, into a slot."""
@@ -68,7 +70,8 @@ class Cache:
         self.generation: Array = np.zeros(total, np.int64)
         self.arrival: Array = np.zeros(total)
         share = self.slots // layers
-        self.floor = min(top_k, share) if floor is None else floor
+        kept = 0 if ranking.frozen else int(FLOOR * share)
+        self.floor = max(min(top_k, share), kept) if floor is None else floor
         self.quota = _equal(self.slots, layers, experts)
         if ranking.shares == "frequency" and frequency is not None:
             self.quota = quotas(frequency, self.slots)
@@ -247,9 +250,14 @@ def _whole_layers(cache: Cache) -> list[tuple[int, int]]:
 
 
 def _most_frequent(cache: Cache, frequency: Array) -> list[tuple[int, int]]:
-    """Each layer's quota or floor of its most frequent experts, then the best of the others."""
+    """Each layer's quota or floor of its most frequent experts, then the best of the others.
+
+    Where slots move between layers later, layers start alike: long prompts come first, and for them
+    a layer with few experts on the GPU costs more than another one saves.
+    """
     order = np.argsort(-frequency, axis=1, kind="stable")
-    least = cache.quota if cache.ranking.scope == "layer" else np.full(cache.layers, cache.floor)
+    alike = cache.ranking.scope == "layer" or not cache.ranking.frozen
+    least = cache.quota if alike else np.full(cache.layers, cache.floor)
     wanted = [
         (layer, int(e)) for layer in range(cache.layers) for e in order[layer, : least[layer]]
     ]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from hybrimoe.errors import DeviceLostError, InsufficientMemoryError
-from hybrimoe.kernels import torch_experts
+from hybrimoe.kernels import torch_experts, triton_experts
 from hybrimoe.kernels.moe import PackedLayer
 
 
@@ -22,6 +22,8 @@ class TorchAccelerator:
         self.name = torch.cuda.get_device_name(self.device)
         self.copies = torch.cuda.Stream(self.device)
         self.slab = torch.empty(0, 0, dtype=torch.uint8, device=self.device)
+        # Two launches per layer where Triton is there, plain torch operations elsewhere.
+        self.kernels = triton_experts if triton_experts.available() else torch_experts
         self._pinned: set[int] = set()
 
     def free_bytes(self) -> int:
@@ -84,7 +86,7 @@ class TorchAccelerator:
         order = here[np.argsort(flat[here], kind="stable")]
         slot, token = flat[order].astype(np.int32), (order // slots.shape[1]).astype(np.int32)
         result = torch.zeros(out.shape, device=self.device)
-        torch_experts.run(
+        self.kernels.run(
             layer.fmt,
             layer.layout._replace(expert_bytes=self.slab.shape[1]),
             layer.gate,

@@ -1,0 +1,177 @@
+"""Experts shared between the CPU and the emulated accelerator, whose streams race if they may."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import hybrimoe
+from hybrimoe import api
+from hybrimoe.errors import ConfigError, DeviceLostError, PlanError, PolicyError
+from hybrimoe.policy.presets import PRESETS
+from hybrimoe.policy.scheduler import Plan, Scheduler
+from hybrimoe.runtime.device import EmulatedAccelerator
+
+TINY = Path(__file__).parent / "assets" / "tiny-moe"
+FLOOR = 12 / (12 * 32)  # one slot per layer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(TINY)
+
+
+@pytest.fixture(scope="module")
+def inputs(tokenizer):
+    texts = ["def main(arguments):\n    return", "In the beginning", "import os", "x = ["]
+    return tokenizer(texts, return_tensors="pt", padding=True)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
+
+
+@pytest.fixture
+def model(plain):
+    yield plain
+    hybrimoe.unwrap(plain)
+
+
+@pytest.fixture(scope="module")
+def expected(plain, inputs):
+    return outputs(plain, inputs)
+
+
+@torch.no_grad()
+def outputs(model, inputs, tokens=6):
+    """Logits of the prompt, and greedy tokens: one prefill and decode of batch 4."""
+    generated = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+    return model(**inputs).logits, generated
+
+
+def wrap_on(monkeypatch, model, accelerator, **settings):
+    monkeypatch.setattr(api, "open_accelerator", lambda config: accelerator)
+    return hybrimoe.wrap(model, **{"device": "emulated", "vram": 0.25} | settings)
+
+
+@pytest.mark.parametrize("vram", [FLOOR, 0.25, 0.5, 1.0])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_gives_the_plain_models_output(model, inputs, expected, preset, vram):
+    hybrimoe.wrap(model, device="emulated", vram=vram, preset=preset)
+    logits, tokens = outputs(model, inputs)
+    torch.testing.assert_close(logits, expected[0], rtol=1e-4, atol=1e-4)
+    assert torch.equal(tokens, expected[1])
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_packed_formats_give_what_the_cpu_alone_gives(inputs, weights):
+    results = []
+    for settings in ({"device": "cpu"}, {"device": "emulated", "vram": 0.25}):
+        model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
+        hybrimoe.wrap(model, weights=weights, **settings)
+        results.append(outputs(model, inputs))
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-4, atol=1e-4)
+    assert torch.equal(results[1][1], results[0][1])
+
+
+def test_the_order_in_which_streams_run_changes_no_bit(monkeypatch, model, inputs):
+    results = []
+    for seed in range(6):
+        wrap_on(monkeypatch, model, EmulatedAccelerator(1 << 40, seed=seed))
+        results.append(outputs(model, inputs)[0])
+        hybrimoe.unwrap(model)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("operation", ["copy", "experts"])
+def test_forgetting_what_an_operation_waits_for_corrupts_the_output(
+    monkeypatch, model, inputs, expected, operation
+):
+    original = getattr(EmulatedAccelerator, operation)
+    monkeypatch.setattr(
+        EmulatedAccelerator, operation, lambda self, *args: original(self, *args[:-1], ())
+    )
+    wrong = False
+    for seed in range(4):
+        wrap_on(monkeypatch, model, EmulatedAccelerator(1 << 40, seed=seed), preset="ondemand")
+        logits, _ = outputs(model, inputs)
+        wrong |= not torch.allclose(logits, expected[0], rtol=1e-4, atol=1e-4)
+        hybrimoe.unwrap(model)
+    assert wrong
+
+
+def test_a_slot_that_holds_another_expert_is_never_computed(model, inputs):
+    hybrimoe.wrap(model, device="emulated", vram=1.0, preset="ktransformers")
+    content = model.hybrimoe.hybrid.executor.content
+    content[:] = content[1:] + content[:1]
+    with pytest.raises(PolicyError, match="holds"):
+        outputs(model, inputs)
+
+
+@pytest.mark.parametrize("operation", ["copy", "experts"])
+def test_a_lost_device_is_a_typed_error_and_unwrap_still_restores(
+    monkeypatch, model, inputs, expected, operation
+):
+    calls = []
+
+    def fail(name):
+        calls.append(name)
+        if calls.count(operation) > 200 and name == operation:
+            raise DeviceLostError("the emulated device fell off the bus")
+
+    wrap_on(monkeypatch, model, EmulatedAccelerator(1 << 40, fault=fail), preset="ondemand")
+    with pytest.raises(DeviceLostError, match="bus"):
+        for _ in range(50):
+            outputs(model, inputs)
+    hybrimoe.unwrap(model)
+    assert torch.equal(outputs(model, inputs)[0], expected[0])
+
+
+class Nonsense(Scheduler):
+    """Runs nothing at all."""
+
+    def plan(self, load, ready, timeline, cost):
+        empty = load.experts[:0]
+        return Plan(empty, empty, empty, load.tokens * 0, 0.0)
+
+
+def test_a_plan_that_forgets_experts_is_refused_with_the_policys_name(model, inputs):
+    hybrimoe.wrap(model, device="emulated", vram=0.25, scheduler=Nonsense())
+    with pytest.raises(PlanError, match="Nonsense"):
+        outputs(model, inputs)
+
+
+def test_the_readmes_policy_runs_as_it_is_printed(model, inputs, expected):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    code = re.search(r"<!-- policy -->\n```python\n(.*?)```", readme, re.DOTALL).group(1)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 20
+    exec(compile(code, "README.md", "exec"), {"model": model, "__name__": "readme"})
+    torch.testing.assert_close(outputs(model, inputs)[0], expected[0], rtol=1e-4, atol=1e-4)
+    assert model.hybrimoe.stats()["hybrid"]["gpu_experts"] > 0
+
+
+def test_the_report_says_what_moved_and_reset_forgets_it(model, inputs):
+    hybrimoe.wrap(model, device="emulated", vram=0.25)
+    outputs(model, inputs)
+    shared = model.hybrimoe.stats()["hybrid"]
+    assert shared["slots"] == 96
+    assert 0 < shared["hit_rate"] < 1
+    assert shared["uploads"] > 0
+    assert shared["link_bytes"] > 0
+    assert "uploads" in str(model.hybrimoe.report())
+    model.hybrimoe.reset_stats()
+    assert model.hybrimoe.stats()["hybrid"]["hits"] == 0
+
+
+def test_verify_passes_on_a_shared_model(model, inputs):
+    hybrimoe.wrap(model, device="emulated", vram=0.25)
+    assert hybrimoe.verify(model, inputs.input_ids)
+
+
+def test_a_budget_below_one_slot_per_layer_is_refused_before_anything_runs(model):
+    with pytest.raises(ConfigError, match="vram"):
+        hybrimoe.wrap(model, device="emulated", vram=1000)
+    assert not hasattr(model, "hybrimoe")
