@@ -13,10 +13,10 @@ import time
 
 import numpy as np
 import torch
-from machine import ReadBandwidth, describe, finish, random_layer, routing
 
 from hybrimoe.kernels.moe import Workspace, run_layer
 from hybrimoe.kernels.threads import launch
+from machine import ReadBandwidth, describe, finish, random_layer, routing
 
 SHAPES = {  # name: (D, F, top-k, bias)
     "qwen3-30b-a3b": (2048, 768, 8, False),

@@ -17,13 +17,13 @@ import time
 
 import numpy as np
 import torch
-from machine import describe, finish, random_layer
 from torch import nn
 
 from hybrimoe.kernels import moe
 from hybrimoe.runtime.experts import PooledExperts
 from hybrimoe.runtime.pool import ExpertPool
 from hybrimoe.runtime.stats import Stats
+from machine import describe, finish, random_layer
 
 D, F, E, K = 2048, 768, 64, 8
 

@@ -14,7 +14,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-from markdown import table
 
 from hybrimoe.policy.engine import Policies
 from hybrimoe.policy.prefetcher import Impact, Never
@@ -26,6 +25,7 @@ from hybrimoe.policy.scheduler import Hybrid
 from hybrimoe.policy.scheduler import Static as Resident
 from hybrimoe.policy.simulator import simulate
 from hybrimoe.policy.synthesis import hit_rate, synthesise
+from markdown import table
 
 # name: layers, experts, top-k, the paper's LRU hit rate at 25 %
 MODELS = {

@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from markdown import table
 
 from hybrimoe.policy.engine import Policies
 from hybrimoe.policy.prefetcher import Impact, Never, NextLayer
@@ -23,11 +22,12 @@ from hybrimoe.policy.presets import PRESETS
 from hybrimoe.policy.profiles import PROFILES
 from hybrimoe.policy.ranking import LFU, LRU, LRU2, MRS, Belady, Ranking
 from hybrimoe.policy.routing import RoutingTrace
-from hybrimoe.policy.scheduler import DALI, Fiddler, Hybrid, Split
+from hybrimoe.policy.scheduler import DALI, Fiddler, Hybrid
 from hybrimoe.policy.simulator import simulate
 from hybrimoe.policy.sources import from_fractions, read_trace
 from hybrimoe.policy.synthesis import hit_rate
 from hybrimoe.simulation_commands import shorten
+from markdown import table
 
 RESIDENCY = (0.25, 0.5, 0.75)
 DEFAULT = PRESETS["hybrimoe"]

@@ -12,11 +12,11 @@ import warnings
 from pathlib import Path
 
 import torch
-from machine import describe, finish
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import hybrimoe
+from machine import describe, finish
 
 BUNDLED = Path(__file__).resolve().parents[1] / "tests" / "assets" / "tiny-moe"
 WINDOW = 512

@@ -124,8 +124,7 @@ def test_a_lost_device_is_a_typed_error_and_unwrap_still_restores(
 
     wrap_on(monkeypatch, model, EmulatedAccelerator(1 << 40, fault=fail), preset="ondemand")
     with pytest.raises(DeviceLostError, match="bus"):
-        for _ in range(50):
-            outputs(model, inputs)
+        outputs(model, inputs, tokens=100)
     hybrimoe.unwrap(model)
     assert torch.equal(outputs(model, inputs)[0], expected[0])
 

@@ -15,9 +15,8 @@ import numpy as np
 import shape
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from machine import random_layer, routing
-
 from hybrimoe.kernels.moe import Workspace, run_layer
+from machine import random_layer, routing
 
 
 def seconds_per_layer(layers: list, tokens: int, threads: int) -> float:

@@ -27,7 +27,7 @@ define <4 x i32> @sdot_model(<4 x i32> %total, <16 x i8> %a, <16 x i8> %b) {
   %result = add <4 x i32> %total, %sum
   ret <4 x i32> %result
 }
-"""  # noqa: E501
+"""
 """What the instruction SDOT does, in plain LLVM: four sums of four products of signed bytes."""
 
 

@@ -42,8 +42,8 @@ class Weights(NamedTuple):
 def pack_experts(fmt, dtype, threads, layout, weights, blobs, rows, work):
     """Fill `blobs` [E, expert_bytes] uint8 from `weights`, biases aside.
 
-    rows: [threads, 32] float32 scratch. work: [8] int64 zeros; work[1] tells how many groups could not be quantized because a weight is
-    not finite or its scale exceeds float16.
+    rows: [threads, 32] float32 scratch. work: [8] int64 zeros; work[1] tells how many groups could
+    not be quantized, because a weight is not finite or its scale exceeds float16.
     """
     fork_join(threads, _pack_worker, (fmt, dtype, layout, weights, blobs, rows, work))
 

@@ -174,7 +174,7 @@ def find_gate(module: Any) -> Gate:
 
 def _candidates(module: Any) -> Iterator[Gate]:
     alphas = _numbers(module, ALPHAS) or [1.0]
-    limits = _numbers(module, LIMITS) + [float("inf")]
+    limits = [*_numbers(module, LIMITS), float("inf")]
     for limit in limits:
         for kind in range(len(NAMES) - 1):
             yield Gate(kind, 1.0, limit)

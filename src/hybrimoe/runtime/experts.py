@@ -15,8 +15,8 @@ from hybrimoe.kernels.layout import expert_layout
 from hybrimoe.kernels.moe import PackedLayer, check_arguments, run_layer
 from hybrimoe.runtime import formats
 from hybrimoe.runtime.adapters import ExpertWeights, FoundExperts
-from hybrimoe.runtime.guards import refuse_copy, refuse_load, refuse_move, refuse_pickle
 from hybrimoe.runtime.executor import Call
+from hybrimoe.runtime.guards import refuse_copy, refuse_load, refuse_move, refuse_pickle
 from hybrimoe.runtime.hybrid import Hybrid
 from hybrimoe.runtime.pool import ExpertPool, allocate_blobs, checksum
 from hybrimoe.runtime.stats import Stats

@@ -55,7 +55,7 @@ def check_range(name: str, fmt: str, tensors: list[torch.Tensor]) -> None:
 def pack(fmt: str, layout: Layout, weights: ExpertWeights, blobs: np.ndarray) -> None:
     """Fill `blobs` [E, expert_bytes] uint8 with all experts of one layer."""
     _convert(packing.pack_experts, fmt, layout, weights, blobs)
-    if layout.bias_at:
+    if weights.up_bias is not None:
         for shard, up, down in _bias_views(layout, blobs):
             _place(weights, layout, shard, up, down)
 
@@ -63,7 +63,7 @@ def pack(fmt: str, layout: Layout, weights: ExpertWeights, blobs: np.ndarray) ->
 def unpack(fmt: str, layout: Layout, blobs: np.ndarray, weights: ExpertWeights) -> None:
     """Fill the tensors of `weights` from `blobs`: the inverse of `pack`, up to rounding."""
     _convert(packing.unpack_experts, fmt, layout, weights, blobs)
-    if layout.bias_at:
+    if weights.up_bias is not None and weights.down_bias is not None:
         inner = weights.up.shape[2]
         for shard, up, down in _bias_views(layout, blobs):
             at = shard * layout.width
@@ -74,6 +74,8 @@ def unpack(fmt: str, layout: Layout, blobs: np.ndarray, weights: ExpertWeights) 
 
 
 def _place(weights: ExpertWeights, layout: Layout, shard: int, up: Any, down: Any) -> None:
+    assert weights.up_bias is not None
+    assert weights.down_bias is not None
     at, hidden = shard * layout.width, weights.down_bias.shape[1]
     part = weights.up_bias[:, :, at : at + layout.width].float().numpy()
     up[:], down[:] = 0, 0
