@@ -45,7 +45,7 @@ def layer_of(fmt: str) -> PooledExperts:
     layer = PooledExperts.__new__(PooledExperts)
     nn.Module.__init__(layer)
     layer.pool, layer.stats, layer.threads, layer.post_norm = ExpertPool(), Stats(), None, None
-    layer.name = "layer"
+    layer.name, layer.hybrid = "layer", None
     layer.index = layer.pool.add(random_layer(fmt, E, D, F))
     return layer
 

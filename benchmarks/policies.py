@@ -250,7 +250,7 @@ def main() -> None:
         results["schedulers"] = compare(report, tried, 0.25)
         print(show_compare(results["schedulers"]))
     if section("grid", "Default against every preset"):
-        prefill = {n: halves(mixtral(options.traces, n, 40), 8)[1] for n in (32, 128, 512)}
+        prefill = {n: halves(mixtral(options.traces, n, 40), 8)[1] for n in (32, 128, 512, 1024)}
         cells = {"gpt-oss decode": Half(shorten(report.trace, 2 * steps // 3), report.prior)}
         cells |= {f"mixtral prefill {n}": half for n, half in prefill.items()}
         for path in options.tiny:

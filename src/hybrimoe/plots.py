@@ -28,7 +28,9 @@ HATCHES = {"GPU": "", "CPU": "///", "LINK": "...", "POLICY": "xxx"}
 NAMES = {"GPU": "GPU", "CPU": "CPU", "LINK": "link", "POLICY": "policy"}
 INK = {"GPU": "white", "CPU": "black", "LINK": "black", "POLICY": "black"}
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-NARROWEST = 0.028  # share of the axis below which a block gets no label
+ROWS = ("CPU", "LINK", "GPU")  # of a timeline, from the bottom
+PAST_JOIN = 1.06  # how far a timeline goes on
+WIDE_ENOUGH = 0.008  # share of a timeline that one letter of a label takes
 
 
 def save(figure: Any, path: str | Path) -> None:
@@ -43,35 +45,25 @@ def save(figure: Any, path: str | Path) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def draw_layer(spans: Sequence[Span], layer: int, title: str = "") -> Any:
+def draw_layer(spans: Sequence[Span], layer: int, step: int = 0, title: str = "") -> Any:
     """One layer's timeline: what GPU, link and CPU do from the end of its router to its join.
 
-    spans: of one step, as `simulate(..., spans=True)` returns them.
+    spans: of a replay, as `simulate(..., spans=True)` returns them; step: which of its steps.
     """
-    mine = [span for span in spans if span.layer == layer and span.lane is not Lane.POLICY]
-    compute = [span for span in mine if span.lane is not Lane.LINK]
-    if not compute:
-        raise ConfigError(f"no span belongs to layer {layer}")
-    # The GPU's or the CPU's first expert may wait; the plan is made when the router is done.
-    dense = [s for s in spans if s.lane is Lane.POLICY and s.start <= min(c.start for c in compute)]
-    start = max((s.start + s.seconds for s in dense if s.what == "plan"), default=compute[0].start)
-    end = max(span.start + span.seconds for span in compute)
-    figure = Figure(figsize=(9, 2.6))
-    axes = figure.add_subplot()
+    start, end = _window(spans, layer, step)
     width = (end - start) * 1e6
-    for row, lane in enumerate((Lane.CPU, Lane.LINK, Lane.GPU)):
-        for span in spans:
-            if span.lane is lane and span.start < end and span.start + span.seconds > start:
-                shown = span.layer == layer or lane is Lane.LINK
-                if shown:
-                    _block(axes, span, row, start, width)
+    figure = Figure(figsize=(9, 2.5))
+    axes = figure.add_subplot()
+    for span in _merged(spans):
+        if span.lane is not Lane.POLICY and span.start < end and span.start + span.seconds > start:
+            _block(axes, span, layer, start, width)
     axes.axvline(width, color="black", linewidth=1.2, linestyle="--")
-    axes.text(width * 1.004, 2.45, "join", va="center", fontsize=8)
-    axes.set_yticks(range(3), ["CPU", "link", "GPU"])
-    axes.set_xlim(0, width * 1.07)
-    axes.set_ylim(-0.5, 2.7)
-    axes.set_xlabel("microseconds since the router of this layer was done")
-    axes.set_title(title or f"layer {layer}", fontsize=10, loc="left")
+    axes.text(width, 2.62, "join", ha="center", fontsize=8)
+    axes.set_yticks(range(3), [NAMES[lane] for lane in ROWS])
+    axes.set_xlim(0, width * PAST_JOIN)
+    axes.set_ylim(-0.5, 2.55)
+    axes.set_xlabel("microseconds since the layer's router was done")
+    axes.set_title(title or f"layer {layer}", fontsize=10, loc="left", pad=12)
     _plain(axes)
     return figure
 
@@ -120,7 +112,8 @@ def draw_hit_rates(
 def draw_lanes(results: Sequence[Result]) -> Any:
     """Busy milliseconds of each lane per token beside the time a token takes, per preset.
 
-    The lanes work side by side, so a stack is longer than the token: what sticks out was overlapped.
+    The lanes work side by side, so a stack is longer than the token: what is beyond the mark was
+    hidden behind other work.
     """
     decode = results[0].decode_s_per_token is not None
     ordered = sorted(results, key=_seconds, reverse=True)
@@ -181,10 +174,36 @@ def _seconds(result: Result) -> float:
     return (result.prefill_s or 0.0) if seconds is None else seconds
 
 
-def _block(axes: Any, span: Span, row: int, start: float, width: float) -> None:
-    name = span.lane.name
+def _window(spans: Sequence[Span], layer: int, step: int) -> tuple[float, float]:
+    """When a layer's plan was there, and when its last expert was done."""
+    plans = [s for s in spans if s.lane is Lane.POLICY and s.what == "plan"]
+    layers = max((s.layer for s in spans), default=-1) + 1
+    index = step * layers + layer
+    if not 0 <= layer < layers or index >= len(plans):
+        raise ConfigError(f"the spans hold no layer {layer} in step {step}")
+    start = plans[index].start + plans[index].seconds
+    later = plans[index + 1].start if index + 1 < len(plans) else float("inf")
+    work = [s for s in spans if s.lane in (Lane.CPU, Lane.GPU) and s.layer == layer]
+    return start, max(s.start + s.seconds for s in work if start <= s.start < later)
+
+
+def _merged(spans: Sequence[Span]) -> list[Span]:
+    """Copies of one expert that follow each other become one block."""
+    found: list[Span] = []
+    for span in sorted(spans, key=lambda s: (s.lane, s.start)):
+        last = found[-1] if found else None
+        follows = last is not None and (last.lane, last.what) == (span.lane, span.what)
+        if last is not None and follows and span.start - last.start - last.seconds < 1e-9:
+            found[-1] = last._replace(seconds=last.seconds + span.seconds)
+        else:
+            found.append(span)
+    return found
+
+
+def _block(axes: Any, span: Span, layer: int, start: float, width: float) -> None:
+    name, row = span.lane.name, ROWS.index(span.lane.name)
     left = max((span.start - start) * 1e6, 0.0)
-    length = min((span.start + span.seconds - start) * 1e6, width * 1.07) - left
+    length = min((span.start + span.seconds - start) * 1e6, width * PAST_JOIN) - left
     axes.barh(
         *(row, length, 0.62, left),
         color=COLOURS[name],
@@ -192,17 +211,14 @@ def _block(axes: Any, span: Span, row: int, start: float, width: float) -> None:
         edgecolor="black" if name != "GPU" else "white",
         linewidth=0.6,
     )
-    if length > NARROWEST * width:
-        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85}
+    what = span.what.removesuffix(f" of layer {layer}")
+    if length < WIDE_ENOUGH * width * len(what):
+        what = what.split(" ")[0]
+    if length > WIDE_ENOUGH * width * len(what):
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85}
         style = {} if name == "GPU" else {"bbox": box}
-        axes.text(
-            *(left + length / 2, row, span.what),
-            ha="center",
-            va="center",
-            fontsize=7,
-            color=INK[name],
-            **style,
-        )
+        at = left + min(length, width - left) / 2
+        axes.text(at, row, what, ha="center", va="center", fontsize=7, color=INK[name], **style)
 
 
 def _plain(axes: Any) -> None:

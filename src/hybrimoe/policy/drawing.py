@@ -60,7 +60,7 @@ def draw_cpu(load: Load, plan: Plan, start: float, end: float, cost: CostModel) 
 
 def draw_copy(move: Move, span: Span, size: int) -> Span:
     """A copy in the background, named by the expert it brings."""
-    return span._replace(what=f"{move.layer}.{move.expert}", layer=move.layer, bytes=size)
+    return span._replace(what=f"e{move.expert} of layer {move.layer}", layer=move.layer, bytes=size)
 
 
 def label(expert: int, shards: int, of: int) -> str:

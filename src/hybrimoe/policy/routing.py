@@ -157,7 +157,7 @@ class RoutingTrace:
         head = np.array([VERSION, self.experts, self.top_k], np.int64)
         buffer = io.BytesIO()
         names = {"model": np.array(self.model), "shape": np.array(self.shape, np.int64)}
-        np.savez_compressed(buffer, head=head, **names, **arrays)
+        np.savez_compressed(buffer, head=head, **names, **arrays)  # type: ignore[arg-type]
         write_atomically(Path(path), buffer.getvalue())
 
     @classmethod

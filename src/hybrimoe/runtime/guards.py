@@ -29,7 +29,8 @@ class Guards:
         for path in sorted(paths):
             module = model.get_submodule(path)
             self._modules.append(module)
-            self._hooks.append(module.register_load_state_dict_pre_hook(refuse_load))
+            hook = module.register_load_state_dict_pre_hook(refuse_load)  # type: ignore[no-untyped-call]
+            self._hooks.append(hook)
             module.__dict__["_apply"] = _guarded_apply(module, dtypes)
 
     def remove(self) -> None:
@@ -77,6 +78,6 @@ def _guarded_apply(module: nn.Module, dtypes: set[torch.dtype]) -> Callable[...,
     def apply(fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         for dtype in dtypes:
             refuse_move(fn, dtype)
-        return type(module)._apply(module, fn, recurse)
+        return type(module)._apply(module, fn, recurse)  # type: ignore[no-any-return,no-untyped-call]
 
     return apply
