@@ -196,7 +196,7 @@ def main() -> None:
     parser.add_argument("--only", help="caches, tune, depth, slots, schedulers or grid")
     parser.add_argument("--plot", type=Path, help="folder for the hit-rate figure")
     options = parser.parse_args()
-    steps = 300 if options.quick else 1000
+    steps = 300 if options.quick else 600
     tune, report = halves(read_trace(options.traces / "gptoss20b_decode.npz"), steps)
     results: dict = {}
 

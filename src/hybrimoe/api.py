@@ -62,8 +62,9 @@ class Runtime:
 
     def share(self, model: nn.Module, accelerator: Accelerator) -> None:
         """From now on, the policies divide the experts between the CPU and an accelerator."""
+        policies, top_k = self.config.policies(), top_k_of(model)
         self.hybrid = Hybrid(
-            self.pool, self.config.policies(), accelerator, self.config.vram, top_k_of(model)
+            self.pool, policies, accelerator, self.config.vram, top_k, self.threads
         )
         for layer in self.layers:
             layer.hybrid = self.hybrid
@@ -124,6 +125,7 @@ def wrap(model: Model, config: Config | None = None, **overrides: Any) -> Model:
         accelerator = open_accelerator(config)
         if accelerator is not None:
             runtime.share(model, accelerator)
+            move_dense(model, accelerator.compute_device)
         runtime.guard(model)
     except BaseException:
         _roll_back(runtime)
@@ -144,6 +146,8 @@ def unwrap(model: Model) -> Model:
     if runtime is None:
         return model
     runtime.detach()
+    if runtime.hybrid is not None:
+        move_dense(model, "cpu")
     for layer in runtime.layers:
         layer.restore()
     del model.hybrimoe
@@ -182,6 +186,15 @@ def open_accelerator(config: Config) -> Accelerator | None:
     if config.device == "cuda":
         return TorchAccelerator()
     return None
+
+
+def move_dense(model: nn.Module, device: str) -> None:
+    """Put everything that is not a pooled expert on a device: attention, norms, routers, heads."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(device)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = buffer if buffer is None else buffer.to(device)
 
 
 def _already_wrapped(model: Model, config: Config) -> Model:

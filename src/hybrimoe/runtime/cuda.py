@@ -18,7 +18,7 @@ class TorchAccelerator:
     """Slots in device memory; computation on the current stream, copies on one of their own."""
 
     def __init__(self, device: str = "cuda") -> None:
-        self.device = torch.device(device)
+        self.device, self.compute_device = torch.device(device), device
         self.name = torch.cuda.get_device_name(self.device)
         self.copies = torch.cuda.Stream(self.device)
         self.slab = torch.empty(0, 0, dtype=torch.uint8, device=self.device)

@@ -23,6 +23,7 @@ class Accelerator(Protocol):
     """Slots in device memory, a copy stream, a compute stream, events between them."""
 
     name: str
+    compute_device: str  # where torch keeps the dense part of the model
 
     def free_bytes(self) -> int:
         """Device memory that could be allocated now."""
@@ -64,6 +65,7 @@ class EmulatedAccelerator:
     """
 
     name = "emulated"
+    compute_device = "cpu"
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hybrimoe.errors import PolicyError
-from hybrimoe.kernels.moe import Workspace, run_layer
+from hybrimoe.kernels.moe import run_layer
 from hybrimoe.policy.cache import Cache, Move
 from hybrimoe.policy.cost import CostModel
 from hybrimoe.policy.routing import Load
@@ -55,9 +55,14 @@ class TorchExecutor:
     """The `Executor` of a real model; its books are those of the simulator's."""
 
     def __init__(
-        self, pool: ExpertPool, cache: Cache, cost: CostModel, accelerator: Accelerator
+        self,
+        pool: ExpertPool,
+        cache: Cache,
+        cost: CostModel,
+        accelerator: Accelerator,
+        threads: int | None = None,
     ) -> None:
-        self.pool, self.cache, self.accelerator = pool, cache, accelerator
+        self.pool, self.cache, self.accelerator, self.threads = pool, cache, accelerator, threads
         self.books = SimExecutor(cost)
         total = cache.slots + cache.staging
         slot_bytes = max(layer.layout.expert_bytes for layer in pool.layers if layer)
@@ -65,7 +70,6 @@ class TorchExecutor:
         self.content = [NOTHING] * total
         self.arrivals: list[list[Any]] = [[] for _ in range(total)]  # copies not yet waited for
         self.last_use: list[Any] = [None] * total  # the launch that last read the slot
-        self.workspace = Workspace()
         self.cpu_s = self.join_s = 0.0
         self.call: Call | None = None
         self._running: Running | None = None
@@ -107,9 +111,8 @@ class TorchExecutor:
         shards = np.empty((on_gpu.size, 2), np.int32)
         shards[:, 0], shards[:, 1] = on_gpu, layer.layout.shards
         started = time.perf_counter()
-        run_layer(
-            layer, call.x, call.ids, call.weights, call.out, self.pool.workspace, shards=shards
-        )
+        arrays, workspace = (call.x, call.ids, call.weights, call.out), self.pool.workspace
+        run_layer(layer, *arrays, workspace, threads=self.threads, shards=shards)
         computed = time.perf_counter()
         for partial, event in launches:
             self.accelerator.wait(

@@ -42,6 +42,7 @@ class Hybrid:
         accelerator: Accelerator,
         vram: int | float | str | None,
         top_k: int,
+        threads: int | None = None,
     ) -> None:
         self.pool, self.accelerator, self.policies = pool, accelerator, policies
         layers = [layer for layer in pool.layers if layer]
@@ -49,7 +50,7 @@ class Hybrid:
         self.cost = cost_of(pool)
         slots = slot_count(vram, pool, top_k, len(layers))
         self.cache = Cache(policies.ranking, slots, len(layers), self.experts, top_k)
-        self.executor = TorchExecutor(pool, self.cache, self.cost, accelerator)
+        self.executor = TorchExecutor(pool, self.cache, self.cost, accelerator, threads)
         markov = Markov(len(layers), self.experts, top_k, depth=max(policies.prefetcher.depth, 1))
         self.engine = Engine(policies, self.cache, self.cost, self.executor, forecaster=markov)
         self.executor.fill(self.cache.fill())
