@@ -2,7 +2,6 @@
 
 import os
 import sys
-from pathlib import Path
 
 # Read when torch loads OpenMP: spinning workers slow each other down on busy machines.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -13,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizer
 from transformers.utils import logging
 
-TINY_MOE = Path(__file__).parent / "assets" / "tiny-moe"
+from paths import TINY_MOE
 
 logging.disable_progress_bar()
 

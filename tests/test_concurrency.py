@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import hybrimoe
-from conftest import TINY_MOE
+from paths import TINY_MOE
 from test_wrap import generate
 
 TOKENS = 6

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import TINY_MOE
+from paths import TINY_MOE
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="RssAnon is read from /proc"

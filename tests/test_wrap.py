@@ -20,11 +20,11 @@ from transformers import (
 
 import hybrimoe
 import parity
-from conftest import TINY_MOE
 from hybrimoe import Config, Runtime, WrappedModelError
 from hybrimoe.report import Report
 from hybrimoe.runtime.experts import PooledExperts
 from hybrimoe.runtime.pool import ExpertPool
+from paths import TINY_MOE
 
 FORMATS = ("native", "int8", "int4")
 LOSSY = "ignore:the experts were stored as"

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import hybrimoe
-from conftest import TINY_MOE
 from hybrimoe import WrappedModelError
+from paths import TINY_MOE
 from test_wrap import batch, fingerprint
 
 Q_PROJ = "model.layers.3.self_attn.q_proj"
