@@ -47,7 +47,7 @@ def test_ids_weights_and_counts_are_what_the_experts_were_called_with(model):
         hook.remove()
 
     for layer, (ids, weights) in enumerate(called):
-        order = weights.float().argsort(1, descending=True, stable=True)
+        order = weights.float().argsort(dim=1, descending=True, stable=True)
         assert trace.ids[:, layer, :4].tolist() == ids.gather(1, order).tolist()
         got = trace.scores[:, layer, :4].astype(np.float32)
         np.testing.assert_allclose(got, weights.float().gather(1, order).detach(), rtol=1e-3)
