@@ -147,6 +147,7 @@ def unwrap(model: Model) -> Model:
         return model
     runtime.detach()
     if runtime.hybrid is not None:
+        runtime.hybrid.close()
         move_dense(model, "cpu")
     for layer in runtime.layers:
         layer.restore()

@@ -20,6 +20,7 @@ from hybrimoe.policy.timeline import Array, Lane, Span
 
 try:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 except ImportError as error:
     raise ConfigError("figures need matplotlib: pip install 'hybrimoe[plot]'") from error
 
@@ -80,8 +81,8 @@ def draw_heatmap(frequency: Array, title: str = "") -> Any:
     bar.set_label(f"% of the layer's tokens (uniform: {100 / experts:.1f} %)")
     axes.set_xlabel("expert")
     axes.set_ylabel("layer")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title(f"{title}: how often each expert runs".lstrip(": "), fontsize=10, loc="left")
     return figure
 
@@ -135,7 +136,7 @@ def draw_lanes(results: Sequence[Result]) -> Any:
     total = 1e3 * np.array([_seconds(result) for result in ordered])
     what = "time per token" if decode else "time to first token"
     axes.plot(total, rows, "D", color="black", markersize=6, label=what)
-    for row, value in zip(rows, total):
+    for row, value in enumerate(total.tolist()):
         widest = max(value, left[row])
         axes.text(widest + 0.01 * max(left.max(), total.max()), row, f"{value:.2f}", va="center")
     axes.set_xlim(0, 1.12 * max(left.max(), total.max()))
@@ -158,7 +159,7 @@ def draw_beside(
     at = np.arange(len(rows))
     axes.bar(at - 0.2, paper, 0.38, color="#cfe8ef", edgecolor="black", hatch="///", label="paper")
     axes.bar(at + 0.2, ours, 0.38, color="#1b4965", edgecolor="black", label="simulated")
-    for x, theirs, mine in zip(at, paper, ours):
+    for x, (theirs, mine) in enumerate(zip(paper, ours)):
         axes.text(x, max(theirs, mine) * 1.02, f"{mine / theirs - 1:+.0%}", ha="center", fontsize=8)
     axes.set_xticks(at, rows, fontsize=8)
     axes.set_ylabel(unit)
@@ -212,12 +213,13 @@ def _block(axes: Any, span: Span, layer: int, start: float, width: float) -> Non
         linewidth=0.6,
     )
     what = span.what.removesuffix(f" of layer {layer}")
-    if length < WIDE_ENOUGH * width * len(what):
+    seen = min(length, width - left)
+    if seen < WIDE_ENOUGH * width * len(what):
         what = what.split(" ")[0]
-    if length > WIDE_ENOUGH * width * len(what):
+    if seen > WIDE_ENOUGH * width * len(what):
         box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85}
         style = {} if name == "GPU" else {"bbox": box}
-        at = left + min(length, width - left) / 2
+        at = left + seen / 2
         axes.text(at, row, what, ha="center", va="center", fontsize=7, color=INK[name], **style)
 
 

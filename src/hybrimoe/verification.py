@@ -30,7 +30,7 @@ class LayerCheck:
         return self.intact and self.nmse <= self.bound  # False for NaN
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Verification:
     """The checks of all layers; true if every layer is within its format's bound."""
 
@@ -52,6 +52,9 @@ class Verification:
 
     def __bool__(self) -> bool:
         return self.passed
+
+    def __repr__(self) -> str:
+        return str(self)
 
     def __str__(self) -> str:
         worst = self.worst

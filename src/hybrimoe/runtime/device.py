@@ -31,6 +31,12 @@ class Accelerator(Protocol):
     def allocate(self, slots: int, slot_bytes: int) -> None:
         """One slab of equal slots; raises InsufficientMemoryError."""
 
+    def pin(self, array: np.ndarray) -> None:
+        """Prepare host memory as a source of copies."""
+
+    def unpin(self, array: np.ndarray) -> None:
+        """The reverse of `pin`, before the memory goes away."""
+
     def copy(self, source: np.ndarray, slot: int, first: int, after: Sequence[Any]) -> Any:
         """Copy host bytes into a slot from byte `first` on, once `after` happened; returns an event."""
 
@@ -94,6 +100,12 @@ class EmulatedAccelerator:
             )
         # One more row than slots: it is named by what does not run here, and never read.
         self.slab = np.full((slots + 1, slot_bytes), 0xFF, np.uint8)
+
+    def pin(self, array: np.ndarray) -> None:
+        """Plain memory is as good as any here."""
+
+    def unpin(self, array: np.ndarray) -> None:
+        """Nothing was pinned."""
 
     def copy(self, source: np.ndarray, slot: int, first: int, after: Sequence[Any]) -> _Operation:
         self._report("copy")

@@ -53,6 +53,8 @@ class Hybrid:
         self.executor = TorchExecutor(pool, self.cache, self.cost, accelerator, threads)
         markov = Markov(len(layers), self.experts, top_k, depth=max(policies.prefetcher.depth, 1))
         self.engine = Engine(policies, self.cache, self.cost, self.executor, forecaster=markov)
+        for layer in layers:
+            accelerator.pin(layer.blobs)
         self.executor.fill(self.cache.fill())
         self.counts = [LayerCounts() for _ in layers]
         self.lock = threading.Lock()  # the engine's books are shared by all callers
@@ -96,6 +98,12 @@ class Hybrid:
         books.busy[:] = 0
         self.executor.cpu_s = self.executor.join_s = 0.0
         self.counts = [LayerCounts() for _ in self.counts]
+
+    def close(self) -> None:
+        """Let go of the host memory, which is about to be freed."""
+        for layer in self.pool.layers:
+            if layer is not None:
+                self.accelerator.unpin(layer.blobs)
 
     def _count(self, layer: int, before: tuple[int, int], gpu: int, cpu: int) -> None:
         counts = self.counts[layer]
