@@ -122,12 +122,25 @@ def test_prefill_from_prompt_fractions() -> None:
     assert simulate(trace, "a6000").decode_s_per_token is None
 
 
+@pytest.mark.parametrize("prompt", [32, 512])
+def test_the_default_is_not_beaten_in_prefill_at_any_residency(prompt: int) -> None:
+    # Nearly flat loads of few experts: a slot that one layer takes from another is missed there.
+    trace = from_fractions(np.random.default_rng(1).dirichlet(np.full(8, 30), (3, 16)), prompt)
+    for vram in (0.25, 0.5, 0.75):
+        times = {n: simulate(trace, "a6000", n, vram=vram).prefill_s for n in PRESETS}
+        assert times["hybrimoe"] <= min(times.values()) * 1.03
+
+
 def test_spans_fill_lanes_without_overlap(cut: RoutingTrace) -> None:
     found = simulate(cut.select(range(4)), "laptop", "hybrimoe", spans=True)
     for lane in Lane:
         mine = sorted((s.start, s.start + s.seconds) for s in found.spans if s.lane is lane)
         assert all(a[1] <= b[0] + 1e-12 for a, b in itertools.pairwise(mine))
     assert {s.lane for s in found.spans} == set(Lane)
+    asked = {f"e{expert}" for expert in cut.loads(3)[23].experts.tolist()}
+    start = max(s.start for s in found.spans if s.what == "plan")
+    work = [s for s in found.spans if s.start >= start and s.lane in (Lane.CPU, Lane.GPU)]
+    assert {s.what.split()[0] for s in work} == asked
     busy = sum(s.seconds for s in found.spans if s.lane is Lane.LINK)
     assert busy == pytest.approx(4 * found.lanes["LINK"])
 
