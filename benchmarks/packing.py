@@ -1,6 +1,6 @@
 """How fast `wrap` packs: bytes of bfloat16 weights per second, one layer of experts at a time.
 
-    python benchmarks/packing.py [--experts 32]
+python benchmarks/packing.py [--experts 32]
 """
 
 import argparse
@@ -8,13 +8,13 @@ import time
 
 import numpy as np
 import torch
-from machine import describe, finish
 
 from hybrimoe.kernels.activations import Gate
 from hybrimoe.kernels.layout import expert_layout
 from hybrimoe.runtime.adapters import ExpertWeights
 from hybrimoe.runtime.formats import pack, unpack
 from hybrimoe.runtime.pool import allocate_blobs
+from machine import describe, finish
 
 D, F = 2048, 768
 

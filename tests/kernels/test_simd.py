@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from llvmlite import ir
 
-from hybrimoe.kernels import simd
+from hybrimoe.kernels import dots, simd
 
 HERE = [isa for isa in simd.ISAS if simd.runs_here(isa)]
 ABSENT = [isa for isa in simd.ISAS if not simd.runs_here(isa)]
@@ -38,7 +38,7 @@ def dot_module(isa, nibbles):
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), pointers), "dot")
     builder = ir.IRBuilder(function.append_basic_block())
     total, weights, quad = (builder.load(arg, align=1) for arg in function.args)
-    result = simd._DOTS[isa](builder, total, weights, quad, nibbles)
+    result = dots._DOTS[isa](builder, total, weights, quad, nibbles)
     builder.store(result, function.args[0], align=1)
     builder.ret_void()
     return str(module)

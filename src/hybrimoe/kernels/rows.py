@@ -9,14 +9,13 @@ minus 8 times their sum) and plain float32 for the native formats.
 import numpy as np
 from numba.extending import overload
 
+from hybrimoe.kernels.dots import dot_bytes, dot_nibbles, start_bytes, start_nibbles
 from hybrimoe.kernels.jit import INLINED
 from hybrimoe.kernels.simd import (
     Tag,
     add_product,
     add_scaled,
     add_tiles,
-    dot_bytes,
-    dot_nibbles,
     high_nibbles,
     load_bf16_even,
     load_bf16_odd,
@@ -24,8 +23,6 @@ from hybrimoe.kernels.simd import (
     load_f16,
     load_f32,
     low_nibbles,
-    start_bytes,
-    start_nibbles,
     zeros_like,
 )
 

@@ -129,7 +129,7 @@ def _load(builder, pointer, typ, align=1):
     return builder.load(builder.bitcast(pointer, typ.as_pointer()), align=align, typ=typ)
 
 
-def _load_at(builder, pointer, offset, typ, align=4):
+def load_at(builder, pointer, offset, typ, align=4):
     return _load(builder, builder.gep(pointer, [offset], source_etype=I8), typ, align)
 
 
@@ -137,155 +137,34 @@ def _store(builder, value, pointer, align=4):
     builder.store(value, builder.bitcast(pointer, value.type.as_pointer()), align=align)
 
 
-def _splat(builder, value, count=LANES):
+def splat(builder, value, count=LANES):
     vector = ir.VectorType(value.type, count)
     one = builder.insert_element(ir.Constant(vector, ir.Undefined), value, I32(0))
     zeros = ir.Constant(ir.VectorType(I32, count), [0] * count)
     return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), zeros)
 
 
-def _call(builder, name, result, args):
+def call(builder, name, result, args):
     function_type = ir.FunctionType(result, [arg.type for arg in args])
     return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), args)
 
 
 def _fma(builder, a, b, c):
-    return _call(builder, "llvm.fma.v16f32", a.type, [a, b, c])
+    return call(builder, "llvm.fma.v16f32", a.type, [a, b, c])
 
 
-def _lanes(builder, vector, start, count):
+def lanes(builder, vector, start, count):
     mask = ir.Constant(ir.VectorType(I32, count), list(range(start, start + count)))
     return builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), mask)
 
 
-def _join(builder, parts):
+def join(builder, parts):
     while len(parts) > 1:
         size = 2 * parts[0].type.count
         mask = ir.Constant(ir.VectorType(I32, size), list(range(size)))
         pairs = zip(parts[::2], parts[1::2])
         parts = [builder.shuffle_vector(a, b, mask) for a, b in pairs]
     return parts[0]
-
-
-# Dot products of 64 weight bytes (4 per lane) with one quad of int8 activations. `nibbles` says that the
-# bytes are 0..15; otherwise they are signed and lie in [-127, 127], as do the activations.
-
-
-def _dot_avx512vnni(builder, total, weights, quad, nibbles):
-    """vpdpbusd wants unsigned weights: signed ones are biased by 128, which `start_bytes` takes back."""
-    if not nibbles:
-        weights = builder.xor(weights, ir.Constant(BYTES.llvm, [-128] * 64))
-    args = [total, builder.bitcast(weights, INTS.llvm), _splat(builder, quad)]
-    return _call(builder, "llvm.x86.avx512.vpdpbusd.512", INTS.llvm, args)
-
-
-def _dot_avx2(builder, total, weights, quad, nibbles):
-    """pmaddubsw saturates at 2^15, so the sign of signed weights moves: |x| * (sign(x) * w)."""
-    bytes32, shorts, ints = ir.VectorType(I8, 32), ir.VectorType(I16, 16), ir.VectorType(I32, 8)
-    x = builder.bitcast(_splat(builder, quad, 8), bytes32)
-    magnitude = _call(builder, "llvm.abs.v32i8", bytes32, [x, ir.IntType(1)(0)])
-    ones, sums = ir.Constant(shorts, [1] * 16), []
-    for half in (0, 32):
-        unsigned, signed = _lanes(builder, weights, half, 32), x
-        if not nibbles:
-            signed = _call(builder, "llvm.x86.avx2.psign.b", bytes32, [unsigned, x])
-            unsigned = magnitude
-        pairs = _call(builder, "llvm.x86.avx2.pmadd.ub.sw", shorts, [unsigned, signed])
-        sums.append(_call(builder, "llvm.x86.avx2.pmadd.wd", ints, [pairs, ones]))
-    return builder.add(total, _join(builder, sums))
-
-
-def _dot_neon(builder, total, weights, quad, nibbles):
-    bytes16, ints4 = ir.VectorType(I8, 16), ir.VectorType(I32, 4)
-    x = builder.bitcast(_splat(builder, quad, 4), bytes16)
-    name = "llvm.aarch64.neon.sdot.v4i32.v16i8"
-    sums = [
-        _call(
-            builder,
-            name,
-            ints4,
-            [_lanes(builder, total, 4 * q, 4), _lanes(builder, weights, 16 * q, 16), x],
-        )
-        for q in range(4)
-    ]
-    return _join(builder, sums)
-
-
-def _dot_portable(builder, total, weights, quad, nibbles):
-    words, shift24 = builder.bitcast(weights, INTS.llvm), ir.Constant(INTS.llvm, [24] * LANES)
-    for byte in range(4):
-        up = I32(24 - 8 * byte)
-        x = builder.ashr(builder.shl(quad, up), I32(24))
-        w = builder.ashr(builder.shl(words, _splat(builder, up)), shift24)
-        total = builder.add(total, builder.mul(w, _splat(builder, x)))
-    return total
-
-
-_DOTS = {
-    "avx512vnni": _dot_avx512vnni,
-    "avx2": _dot_avx2,
-    "neon": _dot_neon,
-    "portable": _dot_portable,
-}
-
-
-def _dot(isa, total, rows, offset, tokens, multiply):
-    """Signature and code of one dot product per token of a tile."""
-
-    def codegen(context, builder, sig, args):
-        result, weights, pointers, at = args[1], args[2], args[3], args[4]
-        for t in range(tokens):
-            quad = _load_at(builder, builder.extract_value(pointers, t), at, I32)
-            part = builder.extract_value(result, t)
-            result = builder.insert_value(result, multiply(builder, part, weights, quad), t)
-        return result
-
-    return total(isa, total, BYTES, rows, offset), codegen
-
-
-@intrinsic
-def dot_nibbles(typing, isa, total, weights, rows, offset):
-    """total[t] += 64 bytes of 0..15, four per lane, times the four int8 at rows[t] + offset."""
-    multiply = _DOTS[isa.value]
-    return _dot(isa, total, rows, offset, total.tokens, lambda *a: multiply(*a, True))
-
-
-@intrinsic
-def dot_bytes(typing, isa, total, weights, rows, offset):
-    """total[t] += 64 signed bytes, four per lane, times the four int8 at rows[t] + offset."""
-    multiply = _DOTS[isa.value]
-    return _dot(isa, total, rows, offset, total.tokens, lambda *a: multiply(*a, False))
-
-
-@intrinsic
-def start_nibbles(typing, isa, rows, offset):
-    """int_tile holding the int32 at rows[t] + offset: minus 8 times the sum of the activations."""
-    tile = int_tile(rows.tokens)
-
-    def codegen(context, builder, sig, args):
-        result = ir.Constant(tile.llvm, ir.Undefined)
-        for t in range(rows.tokens):
-            start = _load_at(builder, builder.extract_value(args[1], t), args[2], I32)
-            result = builder.insert_value(result, _splat(builder, start), t)
-        return result
-
-    return tile(isa, rows, offset), codegen
-
-
-@intrinsic
-def start_bytes(typing, isa, rows, offset):
-    """int_tile that undoes the bias of `dot_bytes`; the int32 at rows[t] + offset is -8 * sum(x)."""
-    tile, biased = int_tile(rows.tokens), isa.value == "avx512vnni"
-
-    def codegen(context, builder, sig, args):
-        result = ir.Constant(tile.llvm, None)
-        for t in range(rows.tokens if biased else 0):
-            start = _load_at(builder, builder.extract_value(args[1], t), args[2], I32)
-            times16 = builder.shl(_splat(builder, start), ir.Constant(INTS.llvm, [4] * LANES))
-            result = builder.insert_value(result, times16, t)
-        return result
-
-    return tile(isa, rows, offset), codegen
 
 
 @intrinsic
@@ -409,7 +288,7 @@ def prefetch(typing, array, offset):
     def codegen(context, builder, sig, args):
         place = _address(context, builder, array, *args)
         hints = [I32(0), I32(3), I32(1)]  # to read, into all caches, data
-        _call(builder, "llvm.prefetch.p0", ir.VoidType(), [place, *hints])
+        call(builder, "llvm.prefetch.p0", ir.VoidType(), [place, *hints])
         return context.get_dummy_value()
 
     return types.void(array, types.intp), codegen
@@ -446,9 +325,9 @@ def add_scaled(typing, total, ints, scale, rows, offset):
     def codegen(context, builder, sig, args):
         result, ints, scale, pointers, at = args
         for t in range(total.tokens):
-            x = _load_at(builder, builder.extract_value(pointers, t), at, F32)
+            x = load_at(builder, builder.extract_value(pointers, t), at, F32)
             value = builder.sitofp(builder.extract_value(ints, t), FLOATS.llvm)
-            factor = builder.fmul(scale, _splat(builder, x))
+            factor = builder.fmul(scale, splat(builder, x))
             part = _fma(builder, value, factor, builder.extract_value(result, t))
             result = builder.insert_value(result, part, t)
         return result
@@ -463,8 +342,8 @@ def add_product(typing, total, weights, rows, offset):
     def codegen(context, builder, sig, args):
         result, weights, pointers, at = args
         for t in range(total.tokens):
-            x = _load_at(builder, builder.extract_value(pointers, t), at, F32)
-            part = _fma(builder, weights, _splat(builder, x), builder.extract_value(result, t))
+            x = load_at(builder, builder.extract_value(pointers, t), at, F32)
+            part = _fma(builder, weights, splat(builder, x), builder.extract_value(result, t))
             result = builder.insert_value(result, part, t)
         return result
 
@@ -506,10 +385,10 @@ def add_weighted(typing, tile, rows, offset, weights, first):
     def codegen(context, builder, sig, args):
         for t in range(tile.tokens):
             pointer = builder.extract_value(args[1], t)
-            old = _load_at(builder, pointer, args[2], FLOATS.llvm)
+            old = load_at(builder, pointer, args[2], FLOATS.llvm)
             at = builder.mul(builder.add(args[4], I64(t)), I64(4))
             weight = _load(builder, _address(context, builder, weights, args[3], at), F32, 4)
-            new = _fma(builder, builder.extract_value(args[0], t), _splat(builder, weight), old)
+            new = _fma(builder, builder.extract_value(args[0], t), splat(builder, weight), old)
             _store(builder, new, builder.gep(pointer, [args[2]], source_etype=I8))
         return context.get_dummy_value()
 

@@ -76,6 +76,7 @@ class Cache:
         if ranking.shares == "frequency" and frequency is not None:
             self.quota = quotas(frequency, self.slots)
         self._by_layer = ranking.scope == "layer"
+        self.crowded = False  # the latest load activated most experts of its layer
         self._within = self._by_layer
         self._staged = 0
 
@@ -96,7 +97,8 @@ class Cache:
         experts before it comes back: until the next load, slots do not move between layers.
         """
         books = self.books
-        self._within = self._by_layer or 2 * load.experts.size > self.experts
+        self.crowded = 2 * load.experts.size > self.experts
+        self._within = self._by_layer or self.crowded
         books.tick += 1
         note(
             load.layer,

@@ -206,7 +206,8 @@ class Engine:
         trust.settle(load)
         if forecaster is not None:
             forecaster.observe(load)
-            given = given or forecaster.forecast(load.layer)
+            if not (given or self.cache.crowded):  # ids of single tokens say little of a prompt
+                given = forecaster.forecast(load.layer)
         seen = list(given[: self.depth])
         trust.expect(load.layer, seen)
         return [
