@@ -120,7 +120,7 @@ def medians(runs: list[Run]) -> dict[str, Seconds]:
 def print_table(seconds: dict[str, Seconds], ours: Seconds, ratios: Seconds) -> None:
     """For each row and tokens: milliseconds per layer, rate, and how many times ours it takes."""
     width = max(len(name) for name in seconds) + 1
-    print(f"{'':<{width}}" + "".join(f"{f'{tokens} tokens':>25}" for tokens in TOKENS))
+    print(f"{'':<{width}}" + "".join(f"{f'T = {tokens}':>25}" for tokens in TOKENS))
     units = ["GB/s" if tokens == 1 else "GFLOP/s" for tokens in TOKENS]
     print(f"{'':<{width}}" + "".join(f"{'ms/layer':>10}{unit:>8}{'ours':>7}" for unit in units))
     for name, times in seconds.items():
