@@ -146,8 +146,9 @@ class PooledExperts(nn.Module):
             return torch.zeros_like(hidden)
         x = hidden.to("cpu", torch.float32)
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        check_arguments(self.packed, _numpy(x), ids, _numpy(weights), _numpy(out), "float32")
-        self.hybrid.forward(self.index, Call(_numpy(x), ids, _numpy(weights), _numpy(out)))
+        call = Call(_numpy(x), ids, _numpy(weights), _numpy(out))
+        check_arguments(self.packed, *call, "float32")
+        self.hybrid.forward(self.index, call)
         return out.to(hidden.device, hidden.dtype)
 
     def _described(self, tensors: dict[str, Tensor]) -> ExpertWeights:
