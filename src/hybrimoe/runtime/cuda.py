@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,8 +15,17 @@ from hybrimoe.kernels import torch_experts, triton_experts
 from hybrimoe.kernels.moe import PackedLayer
 
 
+class Work(NamedTuple):
+    """One operation on a stream: the events before and after it."""
+
+    begin: Any
+    end: Any
+
+
 class TorchAccelerator:
     """Slots in device memory; computation on the current stream, copies on one of their own."""
+
+    measured = True
 
     def __init__(self, device: str = "cuda") -> None:
         self.device, self.compute_device = torch.device(device), device
@@ -25,6 +35,10 @@ class TorchAccelerator:
         # Two launches per layer where Triton is there, plain torch operations elsewhere.
         self.kernels = triton_experts if triton_experts.available() else torch_experts
         self._pinned: set[int] = set()
+        self._zero = torch.cuda.Event(enable_timing=True)
+        self._zero.record(torch.cuda.current_stream(self.device))
+        self._zero.synchronize()
+        self._zero_s = time.perf_counter()
 
     def free_bytes(self) -> int:
         return int(torch.cuda.mem_get_info(self.device)[0])
@@ -58,15 +72,14 @@ class TorchAccelerator:
             torch.cuda.cudart().cudaHostUnregister(array.ctypes.data)
             self._pinned.discard(array.ctypes.data)
 
-    def copy(self, source: np.ndarray, slot: int, first: int, after: Sequence[Any]) -> Any:
-        event = torch.cuda.Event()
+    def copy(self, source: np.ndarray, slot: int, first: int, after: Sequence[Work]) -> Work:
         with torch.cuda.stream(self.copies):
             for earlier in after:
-                self.copies.wait_event(earlier)  # hazard: the slot's former expert is still read
+                self.copies.wait_event(earlier.end)  # hazard: its former expert is still read
+            begin = self._mark(self.copies)
             target = self.slab[slot, first : first + source.size]
             target.copy_(torch.from_numpy(source), non_blocking=True)
-            event.record(self.copies)
-        return event
+            return Work(begin, self._mark(self.copies))
 
     def experts(
         self,
@@ -76,11 +89,12 @@ class TorchAccelerator:
         weights: np.ndarray,
         shards: np.ndarray,
         out: np.ndarray,
-        after: Sequence[Any],
-    ) -> Any:
+        after: Sequence[Work],
+    ) -> Work:
         stream = torch.cuda.current_stream(self.device)
-        for event in after:
-            stream.wait_event(event)  # hazard: the expert's weights are still on the wire
+        for copy in after:
+            stream.wait_event(copy.end)  # hazard: the expert's weights are still on the wire
+        begin = self._mark(stream)
         flat = slots.reshape(-1)
         here = np.flatnonzero(flat < len(self.slab) - 1)
         order = here[np.argsort(flat[here], kind="stable")]
@@ -100,17 +114,24 @@ class TorchAccelerator:
             np.bincount(slot, minlength=len(self.slab)).tolist(),
         )
         torch.from_numpy(out).copy_(result, non_blocking=True)
-        done = torch.cuda.Event()
-        done.record(stream)
-        return done
+        return Work(begin, self._mark(stream))
 
-    def wait(self, event: Any) -> None:
+    def wait(self, event: Work) -> None:
         try:
-            event.synchronize()  # sync: the layer's join
+            event.end.synchronize()  # sync: the layer's join
         except RuntimeError as error:
             raise DeviceLostError(
                 f"{self.name} failed and stays unusable until the process restarts: {error}"
             ) from error
+
+    def span(self, event: Work) -> tuple[float, float]:
+        begin, end = (self._zero.elapsed_time(e) / 1e3 for e in event)
+        return self._zero_s + begin, self._zero_s + end
+
+    def _mark(self, stream: Any) -> Any:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(stream)
+        return event
 
     def _put(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)

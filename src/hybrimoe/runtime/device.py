@@ -24,6 +24,7 @@ class Accelerator(Protocol):
 
     name: str
     compute_device: str  # where torch keeps the dense part of the model
+    measured: bool  # whether its times are those of hardware, fit to calibrate and to compare by
 
     def free_bytes(self) -> int:
         """Device memory that could be allocated now."""
@@ -59,6 +60,9 @@ class Accelerator(Protocol):
     def wait(self, event: Any) -> None:
         """Block until an event happened."""
 
+    def span(self, event: Any) -> tuple[float, float]:
+        """When the operation of an event that happened began and ended, by `time.perf_counter`."""
+
 
 class EmulatedAccelerator:
     """Slots in plain memory under a byte budget, with streams that interleave as badly as they may.
@@ -72,6 +76,7 @@ class EmulatedAccelerator:
 
     name = "emulated"
     compute_device = "cpu"
+    measured = False
 
     def __init__(
         self,
@@ -138,6 +143,9 @@ class EmulatedAccelerator:
         while not event.done:
             self._advance()
 
+    def span(self, event: _Operation) -> tuple[float, float]:
+        return event.began, event.ended
+
     def _submit(
         self, stream: str, work: Callable[[], Any], after: Sequence[_Operation], due: float
     ) -> _Operation:
@@ -161,7 +169,9 @@ class EmulatedAccelerator:
         queue = self._random.choice(runnable)
         operation = queue.popleft()
         time.sleep(max(0.0, operation.due - time.monotonic()) if operation.due else 0.0)
+        operation.began = time.perf_counter()
         operation.work()
+        operation.ended = time.perf_counter()
         operation.done = True
 
     def _report(self, operation: str) -> None:
@@ -185,7 +195,8 @@ def slotted(layer: PackedLayer, slab: np.ndarray) -> PackedLayer:
 class _Operation:
     """One entry of an emulated stream; it is its own event."""
 
-    __slots__ = ("after", "done", "due", "work")
+    __slots__ = ("after", "began", "done", "due", "ended", "work")
 
     def __init__(self, work: Callable[[], Any], after: tuple[_Operation, ...], due: float) -> None:
         self.work, self.after, self.due, self.done = work, after, due, False
+        self.began = self.ended = 0.0
