@@ -1,0 +1,172 @@
+"""A dense layer's matrix times a batch of tokens, by the loops that the experts use.
+
+The packed matrix is the down projection of an expert that has nothing else: one shard, no gate and
+no up rows. So `packing.py` packs it, and `rows` computes it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from hybrimoe.errors import RoutingError
+from hybrimoe.kernels.dtypes import DTYPES, narrow, widen
+from hybrimoe.kernels.experts import DEEPEST, T1, T2, T4, T8, deepest
+from hybrimoe.kernels.jit import inlined, inner, kernel
+from hybrimoe.kernels.layout import GROUP, LINE, ROWS, Layout, block_bytes
+from hybrimoe.kernels.moe import HOST_ISA, ISA_TAGS, SMALL
+from hybrimoe.kernels.rows import FORMATS, activation_bytes, quantize, rows
+from hybrimoe.kernels.simd import following_rows, load_f32, no_floats, splat_tile, store_tile, take
+from hybrimoe.kernels.threads import fork_join, launch
+
+
+class PackedMatrix(NamedTuple):
+    """y = W x + b, ready to compute."""
+
+    fmt: str
+    layout: Layout
+    shape: tuple[int, int]  # [N, K], not padded
+    blob: np.ndarray  # [expert_bytes] uint8
+    bias: np.ndarray  # [N padded] float32, or empty
+
+
+class Buffers(NamedTuple):
+    """Scratch of one launch with T tokens."""
+
+    counters: np.ndarray  # [8] int64: the next token, worker and tile
+    x: np.ndarray  # [T * activation_bytes(K)] uint8
+    floats: np.ndarray  # [threads, K padded] float32
+    block: np.ndarray  # [threads, DEEPEST * 16] float32
+
+
+def matrix_layout(fmt: str, outputs: int, inputs: int) -> Layout:
+    """The layout of a matrix [N, K] with N = `outputs`, K = `inputs`."""
+    outputs, inputs = -(-outputs // GROUP) * GROUP, -(-inputs // GROUP) * GROUP
+    block = block_bytes(fmt, inputs)
+    size = -(-outputs // ROWS * block // LINE) * LINE
+    return Layout(outputs, inputs, 1, 0, 0, block, 0, 0, size, size)
+
+
+class LinearWorkspace:
+    """Scratch that all matrices share; it grows to the largest launch and stays."""
+
+    def __init__(self) -> None:
+        self._launches: dict[tuple[object, ...], tuple[int, int, Buffers]] = {}
+
+    def launch(self, matrix: PackedMatrix, tokens: int, threads: int) -> tuple[int, int, Buffers]:
+        """Threads, 16-row blocks per tile, and buffers for T = `tokens`; made once per size."""
+        key = (matrix.fmt, matrix.layout, tokens, threads)
+        found = self._launches.get(key)
+        if found is None:
+            if len(self._launches) >= 1024:
+                self._launches.clear()
+            found = self._launches[key] = _prepare(matrix, tokens, threads)
+        return found
+
+
+def _prepare(matrix: PackedMatrix, tokens: int, threads: int) -> tuple[int, int, Buffers]:
+    layout = matrix.layout
+    threads = 1 if layout.expert_bytes * max(1, tokens // 8) < SMALL else threads
+    # Long runs of rows keep memory streaming; several tiles per thread even out their speed.
+    chunk = min(64, max(1, layout.hidden // ROWS // (8 * threads)))
+    size = activation_bytes(matrix.fmt, layout.width)
+    # fmt: off
+    return threads, chunk, Buffers(
+        np.zeros(8, np.int64),
+        np.empty(tokens * size, np.uint8),
+        np.empty((threads, layout.width), np.float32),
+        np.empty((threads, DEEPEST * ROWS), np.float32),
+    )
+    # fmt: on
+
+
+def run_linear(
+    matrix: PackedMatrix,
+    x: np.ndarray,
+    out: np.ndarray,
+    workspace: LinearWorkspace,
+    dtype: str = "float32",
+    threads: int | None = None,
+    isa: str | None = None,
+) -> None:
+    """out [T, N] = x [T, K] @ W.T + b, both in `dtype` (bfloat16 and float16 as uint16 bits).
+
+    C-contiguous. Raises RoutingError before anything runs if a shape does not fit.
+    """
+    number = np.dtype(np.float32 if dtype == "float32" else np.uint16)
+    outputs, inputs = matrix.shape
+    for name, array, columns in (("x", x, inputs), ("out", out, outputs)):
+        wanted = (len(x), columns)
+        if array.shape != wanted or array.dtype != number or not array.flags.c_contiguous:
+            raise RoutingError(
+                f"{name} must be a contiguous {number} array of shape {wanted}, got "
+                f"{array.dtype} {array.shape}"
+            )
+    tags = ISA_TAGS[isa or HOST_ISA], FORMATS[matrix.fmt], DTYPES[dtype]
+    with launch.lock:
+        team, chunk, buffers = workspace.launch(matrix, len(x), launch.threads(threads))
+        multiply(*tags, team, chunk, matrix.layout, matrix.blob, matrix.bias, x, out, buffers)
+
+
+@kernel
+def multiply(isa, fmt, dtype, threads, chunk, layout, blob, bias, x, out, buffers):
+    """out [T, N] = x [T, K] times the packed rows, plus the bias where there is one."""
+    buffers.counters[:] = 0
+    stride = buffers.x.size // x.shape[0]
+    few = min(threads, x.shape[0] // 8 + 1)
+    fork_join(few, quantize_worker, (fmt, dtype, layout, stride, x, buffers))
+    buffers.counters[1] = 0
+    fork_join(threads, rows_worker, (isa, fmt, dtype, chunk, layout, stride, blob, bias, out, buffers))
+
+
+@inner
+def quantize_worker(fmt, dtype, layout, stride, x, buffers):
+    """Tokens into the form `rows` wants, padded with zeros."""
+    floats = buffers.floats[take(buffers.counters, 1)]
+    t, tokens = take(buffers.counters, 0), x.shape[0]
+    while t < tokens:
+        for d in range(x.shape[1]):
+            floats[d] = widen(dtype, x[t, d])
+        floats[x.shape[1] :] = 0
+        for g in range(layout.width // 32):
+            quantize(fmt, floats, g * 32, buffers.x, t * stride, g)
+        t = take(buffers.counters, 0)
+
+
+@inner
+def rows_worker(isa, fmt, dtype, chunk, layout, stride, blob, bias, out, buffers):
+    """One tile is `chunk` blocks of 16 rows, for all tokens."""
+    block = buffers.block[take(buffers.counters, 1)]
+    blocks = layout.hidden // 16
+    tile = take(buffers.counters, 2)
+    while tile * chunk < blocks:
+        for b in range(tile * chunk, min((tile + 1) * chunk, blocks)):
+            t, tokens = 0, out.shape[0]
+            while t < tokens:
+                depth = deepest(tokens - t)
+                if depth == 8:
+                    sixteen(T8, isa, fmt, layout, stride, blob, bias, b, t, block, buffers)
+                elif depth == 4:
+                    sixteen(T4, isa, fmt, layout, stride, blob, bias, b, t, block, buffers)
+                elif depth == 2:
+                    sixteen(T2, isa, fmt, layout, stride, blob, bias, b, t, block, buffers)
+                else:
+                    sixteen(T1, isa, fmt, layout, stride, blob, bias, b, t, block, buffers)
+                for i in range(depth):
+                    for n in range(b * 16, min(b * 16 + 16, out.shape[1])):
+                        out[t + i, n] = narrow(dtype, block[i * 16 + n - b * 16])
+                t += depth
+        tile = take(buffers.counters, 2)
+
+
+@inlined
+def sixteen(tag, isa, fmt, layout, stride, blob, bias, b, t, block, buffers):
+    """Sixteen rows times a few tokens into `block`."""
+    x = following_rows(tag, buffers.x, t, stride)
+    start = no_floats()
+    if bias.size:
+        start = load_f32(bias.view(np.uint8), b * 64)
+    total = splat_tile(tag, start)
+    total = rows(fmt, isa, total, blob, b * layout.down_block, layout.width // 32, x, 0)
+    store_tile(total, block, 0, 64)

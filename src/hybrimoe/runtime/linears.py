@@ -1,0 +1,192 @@
+"""Dense layers packed for the CPU, where they cost more than the experts: `Config(linear=...)`."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, NoReturn, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hybrimoe.errors import RoutingError
+from hybrimoe.kernels.activations import Gate
+from hybrimoe.kernels.linear import LinearWorkspace, PackedMatrix, matrix_layout, run_linear
+from hybrimoe.runtime import formats, opaque
+from hybrimoe.runtime.adapters import ExpertWeights
+from hybrimoe.runtime.guards import refuse_copy, refuse_load, refuse_move, refuse_pickle
+from hybrimoe.runtime.pool import allocate_blobs
+from hybrimoe.runtime.routers import seats_of
+
+SMALLEST = 1 << 12
+"""Weights below which a matrix is left alone: there is nothing to gain."""
+
+
+class FoundLinear(NamedTuple):
+    """An `nn.Linear` of a model, where it hangs, and what to pack it as."""
+
+    name: str
+    parent: nn.Module
+    attribute: str
+    module: nn.Linear
+    fmt: str
+    tied: bool  # its weight is another module's too, and stays
+
+
+def find_linears(model: nn.Module, weights: str, experts: list[str]) -> list[FoundLinear]:
+    """Every dense layer worth packing.
+
+    weights: "int8" or "int4". The output head is never less than int8: it chooses the tokens.
+    experts: names of the routed experts' modules. They, the routers beside them and matrices of less
+    than 4096 weights are left as they are.
+    """
+    kept = {id(part) for name in experts for part in model.get_submodule(name).modules()}
+    kept |= {id(seat.router) for seat in seats_of(model, experts)}
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    found = []
+    for path, parent in model.named_modules():
+        for attribute, module in parent.named_children():
+            if type(module) is not nn.Linear or id(module) in kept:
+                continue
+            if module.weight.numel() < SMALLEST:
+                continue
+            fmt = "int8" if module is head else weights
+            name = f"{path}.{attribute}" if path else attribute
+            tied = owners[id(module.weight)] > 1
+            found.append(FoundLinear(name, parent, attribute, module, fmt, tied))
+    return found
+
+
+class PackedLinear(nn.Module):
+    """Computes `x @ weight.T + bias` from packed rows; the original is kept aside, without weights."""
+
+    def __init__(self, found: FoundLinear, workspace: LinearWorkspace, threads: int) -> None:
+        super().__init__()
+        linear = found.module
+        self.name, self.threads, self.workspace = found.name, threads, workspace
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.dtype = linear.weight.dtype
+        self.number = opaque.register(self)
+        # Kept out of nn.Module's registry: its parameters are not parameters of the model now.
+        self.__dict__["found"] = found
+        self.native_bytes = linear.weight.numel() * linear.weight.element_size()
+        self.matrix = pack_matrix(found.fmt, linear)
+        self.train(linear.training)
+
+    def install(self) -> None:
+        """Take the original's place in its parent and drop its weight."""
+        setattr(self.found.parent, self.found.attribute, self)
+        if not self.found.tied:
+            self.found.module.weight.data = torch.empty(0, dtype=self.dtype)
+
+    def restore(self) -> None:
+        """Undo `install`; the weight is what was packed, rounded as its format rounds."""
+        if not self.found.tied:
+            self.found.module.weight.data = self.unpacked()
+        self.found.module.train(self.training)
+        setattr(self.found.parent, self.found.attribute, self.found.module)
+
+    def unpacked(self) -> Tensor:
+        """The weight [N, K] that the packed rows stand for."""
+        weight = torch.empty(self.out_features, self.in_features, dtype=self.dtype)
+        fmt, layout = self.matrix.fmt, self.matrix.layout
+        formats.unpack(fmt, layout, self.matrix.blob[None], _as_down(weight))
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N] in x's dtype."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            return cast(Tensor, _Differentiable.apply(self, x))
+        if torch.compiler.is_compiling():
+            return opaque.linear(x, self.number, self.out_features)
+        return self.compute(x)
+
+    def compute(self, x: Tensor) -> Tensor:
+        """`forward` without gradients."""
+        if x.dtype not in formats.NATIVE:
+            raise RoutingError(
+                f"the input must be float32, bfloat16 or float16, got {x.dtype} in {self.name}"
+            )
+        flat = x.detach().reshape(-1, x.shape[-1]).contiguous()
+        out = torch.empty(len(flat), self.out_features, dtype=x.dtype)
+        if len(flat):
+            arrays = _bits(flat), _bits(out)
+            dtype = formats.NATIVE[x.dtype]
+            run_linear(self.matrix, *arrays, self.workspace, dtype, self.threads)
+        return out.view(*x.shape[:-1], self.out_features)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("weight", "bias"):
+            found = self.__dict__["found"]
+            if name == "bias" or found.tied:
+                return getattr(found.module, name)
+            raise AttributeError(
+                f"the weight of {found.name} is packed as {found.fmt}; hybrimoe.unwrap(model) "
+                "restores it"
+            )
+        return super().__getattr__(name)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
+        refuse_move(fn, self.dtype)
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return]
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        linear = self.found.module
+        destination[prefix + "weight"] = linear.weight.data if self.found.tied else self.unpacked()
+        if linear.bias is not None:
+            destination[prefix + "bias"] = linear.bias.data
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        refuse_load()
+
+    def __deepcopy__(self, memo: Any) -> NoReturn:
+        refuse_copy()
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        refuse_pickle()
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"{self.in_features} to {self.out_features} as {self.matrix.fmt}"
+
+
+class _Differentiable(torch.autograd.Function):
+    """Forward by the kernel; the gradient of the input by the unpacked weight. The weight is frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, layer: PackedLinear, x: Tensor) -> Tensor:
+        ctx.layer = layer
+        return layer.compute(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        return None, grads[0] @ ctx.layer.unpacked().to(grads[0].dtype)
+
+
+def pack_matrix(fmt: str, linear: nn.Linear) -> PackedMatrix:
+    """Pack one weight [N, K] into memory of its own; raises FormatError if the format cannot hold it."""
+    outputs, inputs = linear.weight.shape
+    layout = matrix_layout(fmt, outputs, inputs)
+    blobs = allocate_blobs(1, layout)
+    formats.pack(fmt, layout, _as_down(linear.weight.data), blobs)
+    bias = np.zeros(0 if linear.bias is None else layout.hidden, np.float32)
+    if linear.bias is not None:
+        bias[:outputs] = linear.bias.detach().float().numpy()
+    return PackedMatrix(fmt, layout, (outputs, inputs), blobs[0], bias)
+
+
+def _as_down(weight: Tensor) -> ExpertWeights:
+    """A matrix [N, K] as the down projection of an expert without gate and up rows."""
+    outputs, inputs = weight.shape
+    nothing = torch.empty(1, 0, inputs, outputs, dtype=weight.dtype)
+    return ExpertWeights(nothing, weight[None], Gate(0))
+
+
+def _bits(tensor: Tensor) -> np.ndarray:
+    halves = tensor.dtype in (torch.bfloat16, torch.float16)
+    array: np.ndarray = (tensor.view(torch.uint16) if halves else tensor).numpy()
+    return array
