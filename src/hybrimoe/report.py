@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from hybrimoe.runtime.stats import Stats
 
 
+NAMES = {"CPU": "CPU", "GPU": "accelerator", "LINK": "link", "POLICY": "policies"}
+
+
 @dataclass(frozen=True)
 class LayerReport:
     """One layer. ms: mean per launch; experts: mean read per launch; gb_s: weight bytes read."""
@@ -111,6 +114,9 @@ class Report:
             "MB over the link per token",
             f"  experts   {counts['gpu_experts'] / ran:.0%} on the accelerator, "
             f"{counts['cpu_experts'] / ran:.0%} on the CPU",
+            *_lanes(counts),
+            *_comparisons(counts["guard"]),
+            *(f"  replaced  {what}" for what in counts["replaced"].values()),
         ]
 
     def _repr_html_(self) -> str:
@@ -129,6 +135,35 @@ def _layer_report(layer: PooledExperts, stats: Stats) -> LayerReport:
         counts.seconds / counts.launches * 1e3,
         read / counts.seconds / 1e9,
     )
+
+
+def _lanes(counts: dict[str, Any]) -> list[str]:
+    """How busy each lane was while layers ran, and what the others waited for."""
+    whole, lanes, last = counts["layer_s"], counts["lane_s"], counts["ended_last"]
+    if not whole:
+        return []
+    busy = ", ".join(f"{NAMES[lane]} {lanes[lane] / whole:.0%}" for lane in NAMES)
+    steps = max(sum(last.values()), 1)
+    slowest = max(last, key=last.__getitem__)
+    lines = [
+        f"  busy      {busy} of the layers' time",
+        f"  idle      the {NAMES[slowest]} ended last in {last[slowest] / steps:.0%} of the steps: the "
+        f"others waited for it, the CPU for {counts['wait_s'] / whole:.0%} of the time",
+    ]
+    if counts["bound_share"] is not None:
+        share = counts["bound_share"]
+        lines.append(f"  bound     decode at {share:.0%} of what memory and link could deliver")
+    return lines
+
+
+def _comparisons(guard: dict[str, Any] | None) -> list[str]:
+    """What the pure modes took, where they were tried."""
+    lines = []
+    for phase, result in (guard or {}).items():
+        times = ", ".join(f"{name} {ms:.2f}" for name, ms in result["compared_ms"].items())
+        if times:
+            lines.append(f"  compared  {phase}: {times} ms per token; chosen: {result['chosen']}")
+    return lines
 
 
 def _rate(name: str, tokens: int, seconds: float) -> str:
