@@ -9,7 +9,7 @@ from policy_cases import make_cost
 
 from hybrimoe.errors import ProfileError
 from hybrimoe.policy.cost import CostModel
-from hybrimoe.policy.profiles import PROFILES, SHAPES, Profile, profile, shape
+from hybrimoe.policy.profiles import PROFILES, SHAPES, Profile, profile, rates_of, shape
 from hybrimoe.policy.timeline import Lane, Span
 
 
@@ -100,6 +100,54 @@ def test_refining_approaches_the_truth() -> None:
     for _ in range(60):
         cost = cost.refined([Span(Lane.LINK, 0.0, truth.link(100), "copy", bytes=100)])
     assert cost.link(100) == pytest.approx(truth.link(100), rel=0.01)
+
+
+def test_the_first_cost_of_a_layer_on_the_gpu_is_learnt_with_the_rest() -> None:
+    cost = make_cost(gpu_first=3.0)
+    span = Span(Lane.GPU, 0.0, 2 * (3.0 + 2 * cost.gpu(1)), "experts", experts=2, tokens=2)
+    learnt = cost.refined([span], weight=1.0)
+    assert (learnt.gpu_first, learnt.gpu(1)) == (6.0, 2 * cost.gpu(1))
+
+
+def test_an_interrupted_span_moves_nothing() -> None:
+    cost = make_cost()
+    right = [Span(Lane.CPU, 0.0, cost.cpu(1), "cpu", experts=1, tokens=1)] * 9
+    late = Span(Lane.CPU, 0.0, 100 * cost.cpu(1), "cpu", experts=1, tokens=1)
+    assert cost.refined([*right, late], weight=1.0) == cost
+
+
+def test_spans_that_took_or_did_nothing_move_nothing() -> None:
+    cost = make_cost()
+    spans = [Span(lane, 0.0, 0.0, "", experts=1, tokens=1) for lane in Lane]
+    spans += [Span(Lane.GPU, 0.0, 1.0, "no expert"), Span(Lane.POLICY, 0.0, 1.0, "plan")]
+    assert cost.refined(spans, weight=1.0) == cost
+
+
+def test_the_source_is_for_people_only(tmp_path) -> None:
+    cost = make_cost(source="a stopwatch")
+    assert cost == make_cost()
+    cost.save(tmp_path / "cost.json")
+    assert CostModel.load(tmp_path / "cost.json").source == "a stopwatch"
+    assert cost.refined([Span(Lane.LINK, 0.0, 9.0, "", bytes=100)]).source == "a stopwatch"
+    with pytest.raises(ProfileError, match="source must be a text, got 3"):
+        make_cost(source=3)
+
+
+@pytest.mark.parametrize("name", PROFILES)
+@pytest.mark.parametrize("model", SHAPES)
+def test_a_measured_machine_can_be_simulated_with_other_experts(name: str, model: str) -> None:
+    here, like = profile(name), shape("qwen3-30b-a3b")
+    machine = rates_of(here.cost(like), like, "this machine")
+    expected, found = here.cost(shape(model)), machine.cost(shape(model))
+    assert found.vector == pytest.approx(expected.vector, rel=1e-6)
+    assert found.dense(100) == pytest.approx(expected.dense(100), rel=1e-6)
+    assert Profile.from_dict(machine.to_dict()).name == "this machine"
+
+
+def test_a_cost_of_nothing_becomes_the_least_cost() -> None:
+    machine = rates_of(make_cost(cpu_first=0, cpu_token=0, gpu_token=0), shape("mixtral-8x7b"), "m")
+    assert machine.cpu_first_s > 0
+    assert np.isfinite(machine.cpu_rate)
 
 
 @pytest.mark.parametrize("name", PROFILES)

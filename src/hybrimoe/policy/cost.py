@@ -3,14 +3,16 @@
     cpu(n) = first + a + b * n        gpu(n) = max(read, c * n) + launch
     link(bytes) = latency + bytes / bandwidth
 
-`first` is paid once per layer that uses the CPU, `a` per expert, `b` per token of an expert. CPU
-experts and copies read the same memory, so both have a second, contended number.
+`first` is paid once per layer that uses the CPU, `a` per expert, `b` per token of an expert; a GPU's
+own `first` is part of when its lane is free. CPU experts and copies read the same memory, so both
+have a second, contended number.
 """
 
 import dataclasses
 import json
 import math
 import os
+import statistics
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -31,6 +33,7 @@ MAY_BE_ZERO = {
     "cpu_token",
     "gpu_token",
     "gpu_launch",
+    "gpu_first",
     "link_latency",
     "dense_read",
     "dense_token",
@@ -47,12 +50,13 @@ class CostModel:
     cpu_first: seconds once per layer when any expert runs on the CPU.
     cpu_expert: seconds to read one expert's weights on the CPU; cpu_token: more per token.
     gpu_read: seconds to read one expert on the GPU; gpu_token: per token, once that is more.
-    gpu_launch: host and launch seconds per expert on the GPU.
+    gpu_launch: host and launch seconds per expert on the GPU; gpu_first: once per layer.
     link_latency, link_bandwidth: one copy; bytes per second.
     expert_bytes: size of one expert; shards: the equal parts it may be divided into.
     cpu_expert_contended: `cpu_expert` while the link copies; link_bandwidth_contended: the reverse.
     dense_read, dense_token, dense_launch: all other work of a layer on the GPU, same law.
     plan_s, forecast_s: host seconds per layer for planning, and for forecasting and prefetching.
+    source: for people, where the numbers come from.
     Derived: load_s, one expert over the link; contention_s, what that adds to CPU work beside it.
     """
 
@@ -68,11 +72,13 @@ class CostModel:
     cpu_expert_contended: float
     link_bandwidth_contended: float
     shards: int = 4
+    gpu_first: float = 0.0
     dense_read: float = 0.0
     dense_token: float = 0.0
     dense_launch: float = 0.0
     plan_s: float = 0.0
     forecast_s: float = 0.0
+    source: str = field(default="", compare=False)
     vector: Array = field(init=False, repr=False, compare=False)
     load_s: float = field(init=False, repr=False, compare=False)
     contention_s: float = field(init=False, repr=False, compare=False)
@@ -106,10 +112,16 @@ class CostModel:
     def refined(self, spans: Iterable[Span], weight: float = 0.1) -> "CostModel":
         """This model moved towards measured spans: each lane is scaled by what it was wrong by.
 
-        weight: 0 keeps the model, 1 believes the spans.
+        That is the median over its spans, which an interruption leaves alone. weight: 0 keeps the
+        model, 1 believes the spans.
         """
-        measured = list(spans)
-        factor = {lane: _error(self, lane, measured) ** weight for lane in _group(measured)}
+        errors: dict[Lane, list[float]] = {Lane.CPU: [], Lane.GPU: [], Lane.LINK: []}
+        for span in spans:
+            if span.seconds > 0 and span.lane is not Lane.POLICY:
+                predicted = _predict(self, span)
+                if predicted > 0:
+                    errors[span.lane].append(span.seconds / predicted)
+        factor = {lane: statistics.median(e) ** weight for lane, e in errors.items() if e}
         cpu, gpu, link = (factor.get(lane, 1.0) for lane in (Lane.CPU, Lane.GPU, Lane.LINK))
         scaled = {name: getattr(self, name) * cpu for name in _names("cpu_")}
         scaled |= {name: getattr(self, name) * gpu for name in _names("gpu_")}
@@ -180,6 +192,10 @@ def _names(prefix: str) -> list[str]:
 
 
 def _check(name: str, value: Any) -> None:
+    if name == "source":
+        if not isinstance(value, str):
+            raise ProfileError(f"source must be a text, got {value!r}")
+        return
     number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
     if not number or not math.isfinite(value):
         raise ProfileError(f"{name} must be a finite number, got {value!r}")
@@ -188,20 +204,11 @@ def _check(name: str, value: Any) -> None:
         raise ProfileError(f"{name} must be {rule}, got {value!r}")
 
 
-def _group(spans: list[Span]) -> set[Lane]:
-    return {span.lane for span in spans if span.lane is not Lane.POLICY and span.seconds > 0}
-
-
-def _error(cost: CostModel, lane: Lane, spans: list[Span]) -> float:
-    """Measured over predicted seconds of one lane, 1 where the model predicts nothing."""
-    mine = [span for span in spans if span.lane is lane]
-    predicted = sum(_predict(cost, span) for span in mine)
-    return sum(span.seconds for span in mine) / predicted if predicted > 0 else 1.0
-
-
 def _predict(cost: CostModel, span: Span) -> float:
     if span.lane is Lane.LINK:
         return cost.link(span.bytes)
     if span.lane is Lane.CPU:
         return cost.cpu_first + cost.cpu_expert * span.experts + cost.cpu_token * span.tokens
-    return span.experts * cost.gpu(-(-span.tokens // max(span.experts, 1)))
+    return cost.gpu_first + span.experts * cost.gpu(
+        math.ceil(span.tokens / max(span.experts, 1e-9))
+    )

@@ -13,6 +13,7 @@ from typing import Any
 from hybrimoe.errors import ProfileError
 from hybrimoe.policy.cost import CostModel
 
+LEAST_S = 1e-9
 INT4_BYTES = 0.5 + 2 / 32  # per weight: four bits and one float16 scale per group of 32
 
 
@@ -197,6 +198,30 @@ SHAPES = {
     "deepseek-v2-lite": Shape(2048, 1408, 2048 * 9000 + 3 * 2048 * 2816),
     "qwen3-30b-a3b": Shape(2048, 768, 2048 * (4096 * 2 + 2 * 512) + 2048 * 128),
 }
+
+
+def rates_of(cost: CostModel, shape: Shape, name: str) -> Profile:
+    """The machine on which experts of a shape cost this much: the reverse of `Profile.cost`.
+
+    So a machine that was measured with one model's experts can be simulated with another's. Only
+    rates, not sizes, are taken over, and a number that is 0 becomes the least one.
+    """
+    size, weights = cost.expert_bytes, shape.weights
+    return Profile(
+        name=name,
+        cpu_bandwidth=size / cost.cpu_expert,
+        cpu_rate=weights / max(cost.cpu_token, LEAST_S),
+        cpu_first_s=max(cost.cpu_first, LEAST_S),
+        gpu_bandwidth=size / cost.gpu_read,
+        gpu_rate=weights / max(cost.gpu_token, LEAST_S),
+        gpu_launch_s=max(cost.gpu_launch, LEAST_S),
+        link_bandwidth=cost.link_bandwidth,
+        link_latency_s=max(cost.link_latency, LEAST_S),
+        memory_bandwidth=size / cost.cpu_expert_contended + cost.link_bandwidth,
+        layer_s=max(cost.dense_launch + cost.gpu_first, LEAST_S),
+        plan_s=max(cost.plan_s, LEAST_S),
+        forecast_s=max(cost.forecast_s, LEAST_S),
+    )
 
 
 def profile(name: str) -> Profile:
