@@ -2,7 +2,7 @@
 
     python benchmarks/policies.py --traces FOLDER [--quick] [--only NAME] [--plot DIR]
 
-Decode is gpt-oss-20b (ids recorded by others; forecasts from the online table), prefill is
+Decode is gpt-oss-20b (ids recorded by others; forecasts from an online table), prefill is
 Mixtral-8x7b (shares of MMLU prompts) and tiny-moe, recorded here with its routers' forecasts.
 Parameters are tuned on one half of the sequences, everything shown is from the other half; who is
 resident at the start comes from the first half as well. Times are the simulator's.
@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from hybrimoe.policy.engine import Policies
-from hybrimoe.policy.prefetcher import Impact, Never, NextLayer
+from hybrimoe.policy.prefetcher import Never, NextLayer
 from hybrimoe.policy.presets import PRESETS
 from hybrimoe.policy.profiles import PROFILES
-from hybrimoe.policy.ranking import LFU, LRU, LRU2, MRS, Belady, Ranking
+from hybrimoe.policy.ranking import LFU, LRU, LRU2, MRS, Belady, NextToken, Ranking
 from hybrimoe.policy.routing import RoutingTrace
 from hybrimoe.policy.scheduler import DALI, Fiddler, Hybrid
 from hybrimoe.policy.simulator import simulate
@@ -65,6 +65,9 @@ def caches(half: Half, residency: float) -> dict[str, tuple[float, float]]:
         "MRS .1, model-wide": MRS(alpha=0.1, scope="model"),
         "MRS .1, admitting": MRS(alpha=0.1, admission=True),
         "MRS .1, admitting, model-wide": MRS(alpha=0.1, admission=True, scope="model"),
+        "NextToken": NextToken(),
+        "NextToken, admitting": NextToken(admission=True),
+        "NextToken, admitting, model-wide": NextToken(admission=True, scope="model"),
         "Belady, per layer": Belady.of(half.trace),
         "Belady, model-wide": Belady.of(half.trace, "model"),
     }
@@ -85,34 +88,6 @@ def show_caches(found: dict[float, dict[str, tuple[float, float]]]) -> str:
     for residency in found:
         head += [f"hits {residency:.0%}", "copies/token", "of LRU to bound"]
     return table(head, rows)
-
-
-def forecast_trace(trace: RoutingTrace, depth: int = 4) -> RoutingTrace:
-    """The same decode trace with perfect forecasts: the oracle that bounds prefetchers."""
-    steps, layers, top_k = trace.steps, trace.layers, trace.top_k
-    ids = np.full((steps, layers, depth, top_k), 65535, np.uint16)
-    tokens = np.zeros(ids.shape, np.float16)
-    for d in range(depth):
-        ids[:, : layers - 1 - d, d] = trace.ids[:, d + 1 :, :top_k]
-        tokens[:, : layers - 1 - d, d] = 1
-    return dataclasses.replace(trace, forecast_ids=ids, forecast_tokens=tokens)
-
-
-def depths(half: Half, residency: float) -> dict[str, dict[int, float]]:
-    """Milliseconds per token by depth of look-ahead, mean over profiles."""
-    oracle = Half(forecast_trace(half.trace), half.prior)
-    found: dict[str, dict[int, float]] = {}
-    for name, where, gated in (
-        ("table of ids, gated", half, True),
-        ("table of ids, ungated", half, False),
-        ("perfect forecast, gated", oracle, True),
-        ("perfect forecast, ungated", oracle, False),
-    ):
-        found[name] = {
-            d: mean_ms(where, residency, prefetcher=Impact(depth=d, gated=gated) if d else Never())
-            for d in range(5)
-        }
-    return found
 
 
 def mean_ms(half: Half, residency: float, **own) -> float:
@@ -172,11 +147,18 @@ def show_grid(rows: list[dict]) -> str:
 
 
 def tuned(half: Half) -> tuple[str, dict[str, float]]:
-    """The MRS setting that is fastest on the half to tune on."""
-    found = {}
-    for alpha in (0.02, 0.05, 0.1, 0.2, 0.5):
-        ranking = dataclasses.replace(DEFAULT.ranking, alpha=alpha)
-        found[f"alpha {alpha}"] = mean_ms(half, 0.25, cache=ranking)
+    """The ranking that is fastest on the half to tune on."""
+    rules = {"scope": "model", "admission": True, "backfill": True}
+    tried: dict[str, Ranking] = {
+        f"MRS, alpha {alpha}": MRS(alpha=alpha, **rules) for alpha in (0.05, 0.1, 0.2, 0.5)
+    }
+    for alpha, weight, rate in (
+        *((0.15, 0.7, 0.05), (0.1, 0.7, 0.05), (0.25, 0.7, 0.05)),
+        *((0.15, 0.3, 0.05), (0.15, 1.5, 0.05), (0.15, 0.7, 0.02), (0.15, 0.7, 0.1)),
+    ):
+        name = f"NextToken, alpha {alpha}, weight {weight}, rate {rate}"
+        tried[name] = NextToken(alpha=alpha, weight=weight, rate=rate, **rules)
+    found = {name: mean_ms(half, 0.25, cache=ranking) for name, ranking in tried.items()}
     return min(found, key=found.get), found
 
 
@@ -193,10 +175,10 @@ def main() -> None:
     parser.add_argument("--traces", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--tiny", type=Path, nargs="*", default=[], help="traces of tiny-moe")
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--only", help="caches, tune, depth, slots, schedulers or grid")
+    parser.add_argument("--only", help="caches, tune, slots, schedulers or grid")
     parser.add_argument("--plot", type=Path, help="folder for the hit-rate figure")
     options = parser.parse_args()
-    steps = 300 if options.quick else 600
+    steps = 300 if options.quick else 900
     tune, report = halves(read_trace(options.traces / "gptoss20b_decode.npz"), steps)
     results: dict = {}
 
@@ -211,29 +193,20 @@ def main() -> None:
         print(show_caches(results["caches"]))
         if options.plot:
             _plot(results["caches"], options.plot)
-    if section("tune", "MRS alpha on the half to tune on, ms per token at 25 %"):
+    if section("tune", "Rankings on the half to tune on, ms per token at 25 %"):
         best, results["tune"] = tuned(tune)
         rows = [(name, f"{ms:.3f}") for name, ms in results["tune"].items()]
         print(table(("setting", "ms/token, mean over profiles"), rows), f"\n\nBest: {best}.")
-    if section("depth", "Look-ahead depth, ms per token, mean over profiles"):
-        results["depth"] = {r: depths(report, r) for r in (0.25, 0.5)}
-        rows = [
-            (f"{residency:.0%}, {name}", *(f"{ms:.3f}" for ms in by.values()))
-            for residency, found in results["depth"].items()
-            for name, by in found.items()
-        ]
-        print(table(("forecasts", *(f"depth {d}" for d in range(5))), rows))
     if section("slots", "Slots and rankings in the default, 25 %, ms per token"):
-        mrs = DEFAULT.ranking
+        ours, rules = DEFAULT.ranking, {"scope": "model", "admission": True, "backfill": True}
         tried = {
-            "model-wide, admitting, backfill (default)": {"cache": mrs},
-            "per layer": {"cache": dataclasses.replace(mrs, scope="layer")},
-            "without admission": {"cache": dataclasses.replace(mrs, admission=False)},
-            "without backfill": {"cache": dataclasses.replace(mrs, backfill=False)},
-            "alpha .5": {"cache": dataclasses.replace(mrs, alpha=0.5)},
-            "LRU-2, admitting, backfill": {
-                "cache": LRU2(scope="model", admission=True, backfill=True)
-            },
+            "NextToken, model-wide, admitting, backfill (default)": {"cache": ours},
+            "per layer": {"cache": dataclasses.replace(ours, scope="layer")},
+            "without admission": {"cache": dataclasses.replace(ours, admission=False)},
+            "without backfill": {"cache": dataclasses.replace(ours, backfill=False)},
+            "MRS .1, same rules": {"cache": MRS(alpha=0.1, **rules)},
+            "MRS .5, same rules": {"cache": MRS(alpha=0.5, **rules)},
+            "LRU-2, same rules": {"cache": LRU2(**rules)},
             "Belady, backfill (bound of caches)": {
                 "cache": dataclasses.replace(Belady.of(report.trace, "model"), backfill=True)
             },
@@ -251,7 +224,7 @@ def main() -> None:
         print(show_compare(results["schedulers"]))
     if section("grid", "Default against every preset"):
         prefill = {n: halves(mixtral(options.traces, n, 40), 8)[1] for n in (32, 128, 512, 1024)}
-        cells = {"gpt-oss decode": Half(shorten(report.trace, 2 * steps // 3), report.prior)}
+        cells = {"gpt-oss decode": Half(shorten(report.trace, steps // 2), report.prior)}
         cells |= {f"mixtral prefill {n}": half for n, half in prefill.items()}
         for path in options.tiny:
             cells |= tiny_cells(path)
@@ -293,6 +266,7 @@ def _plot(found: dict[float, dict[str, tuple[float, float]]], folder: Path) -> N
         "Belady": "Belady, per layer",
         "MRS, alpha .1": "MRS .1",
         "MRS, alpha .5": "MRS .5 (paper)",
+        "NextToken": "NextToken",
         **{"LRU-2": "LRU-2", "LRU": "LRU", "LFU": "LFU"},
     }
     rates = {name: [found[r][key][0] for r in found] for name, key in kept.items()}

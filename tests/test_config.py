@@ -1,5 +1,6 @@
 """Settings are checked once, and every refusal names the argument, the rule and the value."""
 
+import dataclasses
 import json
 
 import pytest
@@ -9,8 +10,9 @@ from hypothesis import strategies as st
 from hybrimoe import Config, ConfigError
 from hybrimoe.config import parse_size
 
-FIELDS = "device, vram, weights, scheduler, cache, prefetcher, preset, threads, deterministic"
+FIELDS = ", ".join(field.name for field in dataclasses.fields(Config))
 CPU_ONLY = "needs an accelerator, but device='cpu' runs every expert on the CPU; leave it out, got"
+A_SIZE = "must be a size like '10GiB' or '800MB', bytes or a fraction"
 
 configs = st.builds(
     Config,
@@ -54,6 +56,8 @@ def test_from_dict_leaves_its_argument_alone():
         ({"weights": "int3"}, "weights must be one of native, int8, int4, got 'int3'"),
         ({"weights": None}, "weights must be one of native, int8, int4, got None"),
         ({"weights": ["int4"]}, "weights must be one of native, int8, int4, got ['int4']"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be a positive integer, got 0"),
+        ({"max_new_tokens": None}, "max_new_tokens must be a positive integer, got None"),
         ({"threads": 0}, "threads must be a positive integer or None, got 0"),
         ({"threads": -2}, "threads must be a positive integer or None, got -2"),
         ({"threads": True}, "threads must be a positive integer or None, got True"),
@@ -61,7 +65,7 @@ def test_from_dict_leaves_its_argument_alone():
         ({"deterministic": 1}, "deterministic must be a bool, got 1"),
         ({"vram": 0}, "vram must be positive bytes or a fraction in (0, 1], got 0"),
         ({"vram": 1.5}, "vram must be positive bytes or a fraction in (0, 1], got 1.5"),
-        ({"vram": "lots"}, "vram must be a size like '10GiB' or '800MB', got 'lots'"),
+        ({"vram": "lots"}, f"vram {A_SIZE}, got 'lots'"),
         ({"vram": [1]}, "vram must be bytes, a fraction or a size like '10GiB', got [1]"),
         ({"vram": "10GiB", "device": "cpu"}, f"vram {CPU_ONLY} '10GiB'"),
         ({"preset": "ondemand", "device": "cpu"}, f"preset {CPU_ONLY} 'ondemand'"),
@@ -137,7 +141,14 @@ def test_any_value_gives_a_positive_size_or_an_error_that_shows_it(value):
     assert not message or (message.startswith("vram must be ") and repr(value) in message)
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "0", "0.2", "nan", "inf", "1e999", "10 XB"])
+@pytest.mark.parametrize("fraction", [0.25, 1.0])
+def test_text_may_be_a_fraction_too(fraction):
+    assert parse_size("vram", str(fraction)) == fraction
+
+
+@pytest.mark.parametrize(
+    "text", ["", "GiB", "-1GiB", "0", "0.0", "1.5", "0.2B", "nan", "inf", "1e999", "10 XB"]
+)
 def test_text_that_is_no_size_is_refused(text):
     with pytest.raises(ConfigError, match="vram must be a size like"):
         parse_size("vram", text)

@@ -1,6 +1,10 @@
 """Experts shared between the CPU and the emulated accelerator, whose streams race if they may."""
 
+import random
 import re
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -138,7 +142,7 @@ class Nonsense(Scheduler):
 
 
 def test_a_plan_that_forgets_experts_is_refused_with_the_policys_name(model, inputs):
-    hybrimoe.wrap(model, device="emulated", vram=0.25, scheduler=Nonsense())
+    hybrimoe.wrap(model, device="emulated", vram=0.25, scheduler=Nonsense(), strict=True)
     with pytest.raises(PlanError, match="Nonsense"):
         outputs(model, inputs)
 
@@ -174,3 +178,44 @@ def test_a_budget_below_one_slot_per_layer_is_refused_before_anything_runs(model
     with pytest.raises(ConfigError, match="vram"):
         hybrimoe.wrap(model, device="emulated", vram=1000)
     assert not hasattr(model, "hybrimoe")
+
+
+def test_threads_that_generate_at_once_get_what_they_get_alone(model, tokenizer):
+    hybrimoe.wrap(model, device="emulated", vram=0.25)
+    prompts = [
+        tokenizer(text, return_tensors="pt") for text in ("def f(", "import os", "x = [", "The")
+    ]
+
+    def generate(prompt):
+        return model.generate(**prompt, max_new_tokens=6, do_sample=False).tolist()
+
+    expected = [generate(prompt) for prompt in prompts]
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(generate, prompts)) == expected
+    finally:
+        sys.setswitchinterval(usual)
+
+
+class Jitter(EmulatedAccelerator):
+    """Takes its time, never the same, and says that its clock counts."""
+
+    measured = True
+
+    def wait(self, event):
+        time.sleep(random.random() * 2e-4)
+        super().wait(event)
+
+
+def test_deterministic_placement_and_output_do_not_depend_on_timing(monkeypatch, model, inputs):
+    """FAULTS R44: 20 runs, each with other delays, in which every placement and bit is the same."""
+    results = []
+    for seed in range(20):
+        wrap_on(monkeypatch, model, Jitter(seed=seed), deterministic=True, trace=True)
+        generated = model.generate(**inputs, max_new_tokens=2, do_sample=False)
+        predicted = model.hybrimoe.hybrid.spans()["predicted"]
+        results.append((generated.tolist(), [(span.lane, span.what) for span in predicted]))
+        hybrimoe.unwrap(model)
+    assert all(result == results[0] for result in results)

@@ -16,15 +16,20 @@ MODULES = {
 }
 FLOORS = ("kernels", "policy", "runtime")
 ALLOWED = {
-    "kernels": {"kernels", "errors"},
-    "policy": {"policy", "errors"},
+    "kernels": {"kernels", "errors", "caching"},
+    "policy": {"policy", "errors", "caching"},
     "runtime": {"runtime", "policy", "kernels", "errors", "config"},
 }
 TORCHLESS = ("torch", "transformers", "accelerate", "safetensors")
-KNOW_TRANSFORMERS = {"hybrimoe.runtime.adapters", "hybrimoe.runtime.loading"}
-GPU_KERNELS = ("hybrimoe.kernels.torch_experts", "hybrimoe.kernels.triton_experts")
+KNOW_TRANSFORMERS = {
+    *("hybrimoe.runtime.adapters", "hybrimoe.runtime.loading", "hybrimoe.runtime.skeleton"),
+    *("hybrimoe.runtime.converting", "hybrimoe.runtime.opening"),
+}
+GPU_KERNELS = tuple(
+    f"hybrimoe.kernels.{name}" for name in ("torch_pairs", "torch_experts", "triton_experts")
+)
 """They take tensors, because memory of a GPU has no other face."""
-PROGRAMS = {"hybrimoe.cli", "hybrimoe.commands"}
+PROGRAMS = {"hybrimoe.cli", "hybrimoe.commands", "hybrimoe.model_commands"}
 """They load a model and a tokenizer as any user would."""
 
 
@@ -68,7 +73,7 @@ def test_cpu_kernels_and_policies_know_no_torch(module):
     assert {name for name in names if inside(name, (*TORCHLESS, *GPU_KERNELS))} == set()
 
 
-@pytest.mark.parametrize("module", ["hybrimoe.errors", "hybrimoe.config"])
+@pytest.mark.parametrize("module", ["hybrimoe.caching", "hybrimoe.errors", "hybrimoe.config"])
 def test_errors_and_settings_know_nothing_of_models(module):
     names = imports(MODULES[module])
 

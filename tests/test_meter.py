@@ -115,7 +115,7 @@ def test_statistics_and_spans_start_anew(generated):
 def test_without_trace_there_is_nothing_to_export(model, tmp_path):
     for settings in ({"device": "emulated"}, {"device": "cpu"}):
         hybrimoe.wrap(model, **settings)
-        with pytest.raises(ConfigError, match="trace=True|accelerator"):
+        with pytest.raises(ConfigError, match=r"trace=True|accelerator"):
             model.hybrimoe.export_trace(tmp_path / "trace.json")
         hybrimoe.unwrap(model)
     assert not list(tmp_path.iterdir())

@@ -69,7 +69,7 @@ def test_profiles_come_from_files_too(capsys, tmp_path):
     ("arguments", "message"),
     [
         (["--profile", "abacus"], "none of a6000, desktop, laptop, h200"),
-        (["--vram", "lots"], 'must be bytes, "6GiB" or a fraction'),
+        (["--vram", "lots"], "must be a size like '10GiB'"),
         (["--presets", "fastest"], "'fastest' is none of all, hybrimoe"),
         (["--steps", "0"], "must be at least 1"),
     ],

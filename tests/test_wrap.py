@@ -121,7 +121,7 @@ def test_statistics_count_prefill_and_decode_and_start_anew(model, tokenizer):
     assert 0 < stats["experts_s"] <= stats["prefill_s"] + stats["decode_s"]
     json.dumps(stats)
     assert "decode    8 tokens" in str(model.hybrimoe.report())
-    assert model.hybrimoe.report()._repr_html_().startswith("<pre>hybrimoe")
+    assert "8 tokens" in model.hybrimoe.report()._repr_html_()
     model.hybrimoe.reset_stats()
     assert model.hybrimoe.stats()["decode_tokens"] == 0
     assert "no tokens yet" in str(model.hybrimoe.report())

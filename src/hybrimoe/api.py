@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import warnings
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from hybrimoe.config import Config
-from hybrimoe.errors import ConfigError, FormatError, UnsupportedModelError, WrappedModelError
+from hybrimoe.errors import (
+    ConfigError,
+    DeviceLostError,
+    FormatError,
+    InsufficientMemoryError,
+    UnsupportedModelError,
+    WrappedModelError,
+)
+from hybrimoe.kernels.linear import LinearWorkspace
 from hybrimoe.kernels.threads import usable_cores
+from hybrimoe.policy.cost import write_atomically
+from hybrimoe.policy.timeline import perfetto
 from hybrimoe.report import Report
 from hybrimoe.runtime import formats
 from hybrimoe.runtime.adapters import FoundExperts, find_experts, top_k_of
@@ -20,8 +33,13 @@ from hybrimoe.runtime.device import Accelerator, EmulatedAccelerator
 from hybrimoe.runtime.experts import PooledExperts
 from hybrimoe.runtime.guards import Guards, refuse_copy, refuse_pickle
 from hybrimoe.runtime.hybrid import Hybrid
+from hybrimoe.runtime.linears import PackedLinear, find_linears
+from hybrimoe.runtime.memory import kv_bytes
 from hybrimoe.runtime.pool import ExpertPool
+from hybrimoe.runtime.routers import seats_of
+from hybrimoe.runtime.shared_experts import EarlyExperts
 from hybrimoe.runtime.stats import Stats
+from hybrimoe.runtime.tiers import open_tier
 from hybrimoe.verification import Verification, verify_layers
 
 logger = logging.getLogger("hybrimoe")
@@ -34,14 +52,18 @@ class Runtime:
     def __init__(self, config: Config, model: nn.Module) -> None:
         self.config = config
         self.pool = ExpertPool()
+        self.pool.tier = open_tier(config, model)
         self.layers: list[PooledExperts] = []
+        self.linears: list[PackedLinear] = []
         self.hybrid: Hybrid | None = None
         self._counters = Stats()
         self.threads = config.threads or min(torch.get_num_threads(), usable_cores())
         self._guards = Guards()
         self._hooks = [
             model.register_forward_pre_hook(self._counters.enter, with_kwargs=True),
+            model.register_forward_pre_hook(lambda *_: self.hybrid.begin() if self.hybrid else None),
             model.register_forward_hook(self._counters.leave, with_kwargs=True),
+            model.register_forward_hook(lambda *_: self.hybrid.end() if self.hybrid else None),
         ]
 
     def report(self) -> Report:
@@ -57,17 +79,61 @@ class Runtime:
     def reset_stats(self) -> None:
         """Start counting anew."""
         self._counters.reset()
+        if self.pool.tier is not None:
+            self.pool.tier.reset()
         if self.hybrid is not None:
             self.hybrid.reset()
 
+    def export_trace(self, path: str | os.PathLike[str]) -> None:
+        """Write measured and predicted spans as a Chrome trace, for ui.perfetto.dev.
+
+        Needs an accelerator and `hybrimoe.wrap(model, trace=True)`; raises ConfigError otherwise.
+        """
+        if self.hybrid is None:
+            raise ConfigError("export_trace needs an accelerator; every expert runs on the CPU")
+        events = [
+            event for name, spans in self.hybrid.spans().items() for event in perfetto(spans, name)
+        ]
+        write_atomically(Path(path), json.dumps({"traceEvents": events}).encode())
+
+    def make_room(self) -> None:
+        """Reserve the disk space of experts that do not stay in RAM; raises StorageError."""
+        if self.pool.tier is not None:
+            self.pool.tier.backing.make_room(self.pool.tier.sizes.file_bytes)
+
+    def pack(self, experts: FoundExperts) -> PooledExperts:
+        """Add a layer to the pool; one on the meta device gets memory that is still to be filled."""
+        # fmt: off
+        layer = PooledExperts(experts, self.config.weights, self.pool, self.threads,
+                              self._counters)
+        # fmt: on
+        self.layers.append(layer)
+        return layer
+
+    def pack_linears(self, model: nn.Module, weights: str) -> None:
+        """Pack the dense layers too, each in its place."""
+        workspace = LinearWorkspace()
+        for found in find_linears(model, weights, [layer.name for layer in self.layers]):
+            layer = PackedLinear(found, workspace, self.threads)
+            self.linears.append(layer)
+            layer.install()
+
     def share(self, model: nn.Module, accelerator: Accelerator) -> None:
         """From now on, the policies divide the experts between the CPU and an accelerator."""
-        policies, top_k = self.config.policies(), top_k_of(model)
-        self.hybrid = Hybrid(
-            self.pool, policies, accelerator, self.config.vram, top_k, self.threads
-        )
+        top_k = top_k_of(model)
+        kv = kv_bytes(model, self.config.max_new_tokens)
+        self.hybrid = Hybrid(self.pool, self.config, accelerator, top_k, self.threads, kv)
+        self.hybrid.intake.watch(seats_of(model, [layer.name for layer in self.layers]))
         for layer in self.layers:
             layer.hybrid = self.hybrid
+        if accelerator.measured:  # elsewhere nothing would run meanwhile
+            self.launch_early(model)
+
+    def launch_early(self, model: nn.Module) -> None:
+        """From now on, shared experts run beside the routed ones."""
+        for layer in self.layers:
+            layer.early = EarlyExperts.beside(model, layer.name)
+            layer.early.install()
 
     def guard(self, model: nn.Module) -> None:
         """Refuse from now on what would break the experts."""
@@ -79,6 +145,16 @@ class Runtime:
         self._guards.remove()
         for hook in self._hooks:
             hook.remove()
+        if self.hybrid is not None:
+            self.hybrid.intake.close()
+        for layer in self.layers:
+            if layer.early is not None:
+                layer.early.remove()
+
+    def close(self) -> None:
+        """End the threads and close the files of experts on disk; nobody may need them any more."""
+        if self.pool.tier is not None:
+            self.pool.tier.close()
 
     def __repr__(self) -> str:
         size = self.pool.nbytes / 2**20
@@ -115,24 +191,34 @@ def wrap(model: Model, config: Config | None = None, **overrides: Any) -> Model:
     _check(found, config)
     runtime = Runtime(config, model)
     try:
+        runtime.make_room()
         for experts in found:
-            # fmt: off
-            layer = PooledExperts(experts, config.weights, runtime.pool, runtime.threads,
-                                  runtime._counters)
-            # fmt: on
-            runtime.layers.append(layer)
-            layer.install()
-        accelerator = open_accelerator(config)
-        if accelerator is not None:
-            runtime.share(model, accelerator)
-            move_dense(model, accelerator.compute_device)
-        runtime.guard(model)
+            runtime.pack(experts).install()
+        complete(runtime, model)
     except BaseException:
         _roll_back(runtime)
         raise
+    return model
+
+
+def complete(runtime: Runtime, model: nn.Module) -> None:
+    """All experts are in the pool and in the model: open the accelerator and hand out the runtime."""
+    accelerator = open_accelerator(runtime.config)
+    try:
+        if runtime.pool.tier is not None:
+            runtime.pool.tier.backing.open_direct()
+        if accelerator is not None:
+            move_dense(model, accelerator.compute_device)  # first: experts get what is left
+            runtime.share(model, accelerator)
+        if runtime.config.linear is not None:
+            runtime.pack_linears(model, runtime.config.linear)
+        runtime.guard(model)
+    except BaseException:
+        if accelerator is not None:
+            move_dense(model, "cpu")
+        raise
     model.hybrimoe = runtime  # type: ignore[assignment]
     logger.info("wrapped %s: %s", type(model).__name__, runtime)
-    return model
 
 
 def unwrap(model: Model) -> Model:
@@ -148,16 +234,23 @@ def unwrap(model: Model) -> Model:
     runtime.detach()
     if runtime.hybrid is not None:
         runtime.hybrid.close()
-        move_dense(model, "cpu")
-    for layer in runtime.layers:
+    for layer in (*runtime.layers, *runtime.linears):
         layer.restore()
+    runtime.close()
     del model.hybrimoe
-    if runtime.config.weights != "native":
-        warnings.warn(
-            f"the experts were stored as {runtime.config.weights}: the restored weights are the "
-            "dequantized ones, not the checkpoint's",
-            stacklevel=2,
-        )
+    if runtime.hybrid is not None:
+        _bring_back_dense(model)
+    rounded = {
+        "experts": runtime.config.weights != "native" and runtime.config.weights,
+        "dense layers": runtime.config.linear,
+    }
+    for part, fmt in rounded.items():
+        if fmt:
+            warnings.warn(
+                f"the {part} were stored as {fmt}: the restored weights are the dequantized ones, "
+                "not the checkpoint's",
+                stacklevel=2,
+            )
     return model
 
 
@@ -178,24 +271,50 @@ def verify(model: nn.Module, input_ids: Tensor | None = None) -> Verification:
     return verify_layers(model, runtime.layers, input_ids)
 
 
+def _bring_back_dense(model: nn.Module) -> None:
+    try:
+        move_dense(model, "cpu")
+    except RuntimeError as error:
+        raise DeviceLostError(
+            "the experts are restored, but the rest of the model was on an accelerator that failed "
+            "and cannot be read: load the model again in a new process"
+        ) from error
+
+
 def open_accelerator(config: Config) -> Accelerator | None:
     """The accelerator a configuration asks for, or None for the CPU alone."""
     if config.device == "emulated":
-        return EmulatedAccelerator(capacity=1 << 40)
+        return EmulatedAccelerator()
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device='cuda' needs a CUDA device, torch finds none; try 'emulated'")
-    if config.device == "cuda":
+    if config.device != "cpu" and torch.cuda.is_available():
+        if config.linear is not None:
+            raise ConfigError(
+                f"linear={config.linear!r} packs dense layers for the CPU, but here they run on the "
+                "GPU; leave it out, or choose device='cpu'"
+            )
         return TorchAccelerator()
     return None
 
 
 def move_dense(model: nn.Module, device: str) -> None:
-    """Put everything that is not a pooled expert on a device: attention, norms, routers, heads."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(device)
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = buffer if buffer is None else buffer.to(device)
+    """Put everything that is not a pooled expert on a device: attention, norms, routers, heads.
+
+    Raises InsufficientMemoryError where it does not fit, having moved a part of it.
+    """
+    try:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(device)
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = buffer if buffer is None else buffer.to(device)
+    except torch.OutOfMemoryError as error:
+        size = sum(parameter.nbytes for parameter in model.parameters())
+        raise InsufficientMemoryError(
+            f"the model without its experts takes {size} bytes and does not fit on {device}; free "
+            "some memory there, or use device='cpu'",
+            size,
+        ) from error
 
 
 def _already_wrapped(model: Model, config: Config) -> Model:
@@ -227,8 +346,11 @@ def _check(found: list[FoundExperts], config: Config) -> None:
 
 def _roll_back(runtime: Runtime) -> None:
     runtime.detach()
-    for layer in runtime.layers:
+    if runtime.hybrid is not None:
+        runtime.hybrid.close()
+    for layer in (*runtime.layers, *runtime.linears):
         layer.restore()
+    runtime.close()
     if runtime.layers and runtime.config.weights != "native":
         warnings.warn(
             f"wrap failed after {len(runtime.layers)} layers had been stored as "

@@ -8,8 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from hybrimoe.calibration_commands import add_calibrate
 from hybrimoe.config import WEIGHTS
 from hybrimoe.errors import HybriMoEError
+from hybrimoe.model_commands import add_bench, add_doctor, add_generate, add_plan
 from hybrimoe.simulation_commands import add_simulate, add_trace
 
 BUNDLED = Path(__file__).resolve().parents[2] / "tests" / "assets" / "tiny-moe"
@@ -26,9 +28,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (HybriMoEError, OSError) as error:
         print(f"hybrimoe {options.command}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"hybrimoe {options.command}: interrupted", file=sys.stderr)
+        return 1
     if options.json:
         print(json.dumps(result))
-    return 0
+    return int(getattr(options, "failed", False))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -42,8 +47,11 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--prompt", default="def main(arguments):\n", help="text to continue")
     demo.add_argument("--tokens", type=_positive, default=96, help="how many tokens to write")
     demo.add_argument("--json", action="store_true", help="end with one JSON object")
+    for add in (add_plan, add_generate, add_bench, add_doctor):
+        add(commands)
     add_trace(commands)
     add_simulate(commands)
+    add_calibrate(commands)
     return parser
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import importlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,10 @@ from hybrimoe.policy.prefetcher import Prefetcher
 from hybrimoe.policy.presets import preset
 from hybrimoe.policy.ranking import Ranking
 from hybrimoe.policy.scheduler import Scheduler
+from hybrimoe.policy.sizes import parse_size
 
 WEIGHTS = ("native", "int8", "int4")
+LINEAR = ("int8", "int4")
 DEVICES = ("auto", "cpu", "cuda", "emulated")
 POLICY_TYPES = {"scheduler": Scheduler, "cache": Ranking, "prefetcher": Prefetcher}
 SCHEMA = 1
@@ -28,38 +30,72 @@ class Config:
         accelerator that shares the CPU's cores and proves results, not speed; "auto" takes a GPU
         if there is one.
     vram: budget for expert slots on the accelerator: bytes, "10GiB" or a fraction of all experts;
-        None is a quarter of them.
+        None is what is free once the dense part is there, less room for the KV cache of
+        `max_new_tokens` and for workspace. The emulated accelerator has no memory of its own: there
+        None is a quarter of the experts.
+    ram: budget for packed experts in host memory: bytes, "10GiB" or a fraction of all experts. The
+        others stay on disk, and are read when they are asked for. None keeps all of them in RAM.
+    spill: folder on a disk for the temporary file of experts beyond `ram`; None is the system's
+        folder for such files. Experts loaded from a `save_packed` folder are read from there.
+    max_new_tokens: tokens, prompts included, whose KV cache `vram=None` leaves room for; beyond
+        them slots are given up as the KV cache grows.
     weights: how experts are kept: "native" is lossless, "int8" and "int4" round in groups of 32.
+    linear: "int8" or "int4" packs the dense layers too, for models that run on the CPU alone; the
+        output head stays at int8. None leaves them as they are.
     scheduler, cache, prefetcher: policy objects (a Scheduler, a Ranking, a Prefetcher) that replace
         those of the preset.
     preset: a named set of policies; None is "hybrimoe".
+    strict: a policy of yours that raises or returns nonsense is a PolicyError; without it the default
+        takes its place, with one warning. Tokens are right in both cases.
     threads: CPU threads for experts; None takes torch's number, at most one per usable core.
     deterministic: placement depends on routing alone, never on timing.
+    trace: keep every span of work, predicted and measured, for `model.hybrimoe.export_trace`.
     """
 
     device: str = "auto"
     vram: int | float | str | None = None
+    ram: int | float | str | None = None
+    spill: str | None = None
+    max_new_tokens: int = 4096
     weights: str = "native"
+    linear: str | None = None
     scheduler: Any = None
     cache: Any = None
     prefetcher: Any = None
     preset: str | None = None
+    strict: bool = False
     threads: int | None = None
     deterministic: bool = False
+    trace: bool = False
 
     def __post_init__(self) -> None:
         _one_of("weights", self.weights, WEIGHTS)
         _one_of("device", self.device, DEVICES)
+        if self.linear is not None:
+            _one_of("linear", self.linear, LINEAR)
         if self.preset is not None:
             preset(self.preset)
         for name, kind in POLICY_TYPES.items():
             _instance(name, getattr(self, name), kind)
+        if not _is_count(self.max_new_tokens):
+            raise ConfigError(
+                f"max_new_tokens must be a positive integer, got {self.max_new_tokens!r}"
+            )
         if self.threads is not None and not _is_count(self.threads):
             raise ConfigError(f"threads must be a positive integer or None, got {self.threads!r}")
-        if not isinstance(self.deterministic, bool):
-            raise ConfigError(f"deterministic must be a bool, got {self.deterministic!r}")
-        if self.vram is not None:
-            parse_size("vram", self.vram)
+        for name in ("strict", "deterministic", "trace"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be a bool, got {getattr(self, name)!r}")
+        for name in ("vram", "ram"):
+            if getattr(self, name) is not None:
+                parse_size(name, getattr(self, name))
+        if self.spill is not None and not isinstance(self.spill, str):
+            raise ConfigError(f"spill must be the path of a folder or None, got {self.spill!r}")
+        if self.linear is not None and self.device in ("cuda", "emulated"):
+            raise ConfigError(
+                f"linear packs dense layers for the CPU, but with device={self.device!r} they run "
+                f"there; leave it out, got {self.linear!r}"
+            )
         for name in ("vram", "preset", *POLICY_TYPES):
             if self.device == "cpu" and getattr(self, name) is not None:
                 raise ConfigError(
@@ -75,6 +111,22 @@ class Config:
             self.cache or chosen.ranking,
             self.prefetcher or chosen.prefetcher,
         )
+
+    @property
+    def leaves_policies_open(self) -> bool:
+        """Whether the user asked for no policy in particular, so that the fastest may be taken."""
+        given = any(getattr(self, name) is not None for name in POLICY_TYPES)
+        return not given and self.preset in (None, "hybrimoe")
+
+    @property
+    def quant_method(self) -> str:
+        """The name by which transformers finds our loader for `quantization_config=Config(...)`.
+
+        transformers asks for it just before it looks the name up, so the loader is made known here:
+        at import it would cost the second that transformers' quantizers take to import.
+        """
+        importlib.import_module("hybrimoe.pretrained").make_known()
+        return "hybrimoe"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, with a schema version; policy objects do not travel."""
@@ -92,34 +144,6 @@ class Config:
     def replace(self, **overrides: Any) -> Config:
         """A copy with some fields changed; an unknown field is an error that names it."""
         return dataclasses.replace(self, **_known(type(self), overrides))
-
-
-def parse_size(name: str, value: float | str) -> int | float:
-    """Bytes as int, or a fraction in (0, 1] as float, from 123, 0.25, "10GiB" or "800MB"."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise ConfigError(f"{name} must be bytes, a fraction or a size like '10GiB', got {value!r}")
-    if isinstance(value, str):
-        return _parse_text(name, value)
-    if isinstance(value, int) and value > 0:
-        return value
-    if isinstance(value, float) and 0 < value <= 1:
-        return value
-    raise ConfigError(f"{name} must be positive bytes or a fraction in (0, 1], got {value!r}")
-
-
-def _parse_text(name: str, text: str) -> int:
-    units = {"": 1, "b": 1}
-    for power, letter in enumerate("kmgt", start=1):
-        units[f"{letter}b"], units[f"{letter}ib"] = 1000**power, 1024**power
-    number = text.strip().lower().rstrip("bikmgt ")
-    unit = text.strip().lower()[len(number) :].strip()
-    try:
-        size = float(number) * units[unit]
-    except (ValueError, KeyError):
-        size = math.nan
-    if not 1 <= size < math.inf:
-        raise ConfigError(f"{name} must be a size like '10GiB' or '800MB', got {text!r}")
-    return int(size)
 
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:

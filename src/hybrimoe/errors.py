@@ -1,5 +1,7 @@
 """Every error a user can meet. Each one also is the builtin error it refines."""
 
+import os
+
 
 class HybriMoEError(Exception):
     """Root of all errors raised by hybrimoe."""
@@ -26,7 +28,12 @@ class RoutingError(HybriMoEError, ValueError):
 
 
 class PolicyError(HybriMoEError, RuntimeError):
-    """A scheduler, cache or prefetcher broke its contract."""
+    """A scheduler, cache or prefetcher broke its contract.
+
+    kind: which of a run's policies did, if it was the user's: scheduler, ranking or prefetcher.
+    """
+
+    kind: str = ""
 
 
 class PlanError(PolicyError, ValueError):
@@ -46,4 +53,45 @@ class DeviceLostError(HybriMoEError, RuntimeError):
 
 
 class InsufficientMemoryError(HybriMoEError, MemoryError):
-    """Host or device memory cannot hold what was asked for."""
+    """Host or device memory cannot hold what was asked for.
+
+    need, have: bytes, 0 where they are not known. nearest: the nearest setting that works.
+    """
+
+    def __init__(self, message: str, need: int = 0, have: int = 0, nearest: str = "") -> None:
+        super().__init__(message)
+        self.need, self.have, self.nearest = need, have, nearest
+
+
+class CheckpointNotFoundError(HybriMoEError, FileNotFoundError):
+    """No checkpoint of that name is on this machine or on the hub."""
+
+
+class CheckpointError(HybriMoEError, ValueError):
+    """A checkpoint's files are damaged, incomplete, hostile or of a kind that is not read.
+
+    reason: what is wrong, and what helps. path: the file. tensor: the tensor it is about, or None.
+    """
+
+    def __init__(
+        self, reason: str, path: str | os.PathLike[str] = "", tensor: str | None = None
+    ) -> None:
+        self.reason, self.path, self.tensor = reason, os.fspath(path), tensor
+        where = f"{self.path}: " if self.path else ""
+        what = f"tensor {tensor!r} " if tensor is not None else ""
+        super().__init__(f"{where}{what}{reason}")
+
+
+class StorageError(HybriMoEError, OSError):
+    """A file cannot be written: the disk is full, or the system refuses."""
+
+
+class DiskReadError(HybriMoEError, OSError):
+    """Experts cannot be read back from the disk: their file is damaged or shorter, or the disk fails.
+
+    path: the file. offset: where in it, in bytes.
+    """
+
+    def __init__(self, reason: str, path: str | os.PathLike[str] = "", offset: int = 0) -> None:
+        self.reason, self.path, self.offset = reason, os.fspath(path), offset
+        super().__init__(f"{self.path} at byte {offset}: {reason}")

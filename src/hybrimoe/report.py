@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,11 @@ if TYPE_CHECKING:
 
 
 NAMES = {"CPU": "CPU", "GPU": "accelerator", "LINK": "link", "POLICY": "policies"}
+SLOWEST = 3
+"""Layers that the text names; `to_dict` has all."""
+LEFT = "style='text-align:left'"  # notebooks align tables right
+Row = tuple[str, str]
+"""What a line is about, and the rest of it."""
 
 
 @dataclass(frozen=True)
@@ -75,52 +81,34 @@ class Report:
         return asdict(self)
 
     def __str__(self) -> str:
-        before, after = self.expert_bytes_before / 2**20, self.expert_bytes_after / 2**20
-        total = self.prefill_s + self.decode_s
-        lines = [
-            f"hybrimoe: {len(self.layers)} layers of experts on {self._places()}",
-            f"  format    {self.format}: {before:.1f} MiB of experts before, {after:.1f} MiB now",
-            _rate("prefill", self.prefill_tokens, self.prefill_s),
-            _rate("decode", self.decode_tokens, self.decode_s),
-        ]
-        if total > 0:
-            share = self.experts_s / total
-            lines.append(
-                f"  time      {total:.2f} s: experts {share:.0%}, the rest of the model {1 - share:.0%}"
-            )
-        lines += self._shared()
-        busiest = sorted(self.layers, key=lambda layer: -layer.ms * layer.launches)[:3]
-        lines += [
-            f"  slowest   {layer.name}: {layer.ms:.3f} ms per launch, {layer.experts:.1f} experts, "
-            f"{layer.gb_s:.1f} GB/s of weights"
-            for layer in busiest
-            if layer.launches
-        ]
-        return "\n".join(lines)
-
-    def _places(self) -> str:
-        cpu = f"the CPU, {self.threads} threads"
-        return f"{cpu}, and the accelerator ({self.hybrid['device']})" if self.hybrid else cpu
-
-    def _shared(self) -> list[str]:
-        """What the policies did, if an accelerator shares the work."""
-        if not self.hybrid or not self.hybrid["hits"] + self.hybrid["misses"]:
-            return []
-        counts, tokens = self.hybrid, max(self.prefill_tokens + self.decode_tokens, 1)
-        ran = counts["gpu_experts"] + counts["cpu_experts"]
-        return [
-            f"  cache     {counts['slots']} slots, {counts['hit_rate']:.1%} hits, "
-            f"{counts['uploads'] / tokens:.2f} uploads and {counts['link_bytes'] / tokens / 1e6:.2f} "
-            "MB over the link per token",
-            f"  experts   {counts['gpu_experts'] / ran:.0%} on the accelerator, "
-            f"{counts['cpu_experts'] / ran:.0%} on the CPU",
-            *_lanes(counts),
-            *_comparisons(counts["guard"]),
-            *(f"  replaced  {what}" for what in counts["replaced"].values()),
-        ]
+        return "\n".join([self._title(), *(f"  {name:9} {text}" for name, text in self._rows())])
 
     def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(str(self))}</pre>"
+        """The same rows as a small table."""
+        head = f"<tr><th colspan=2 {LEFT}>{html.escape(self._title())}</th></tr>"
+        return f"<table>{head}{''.join(map(_html_row, self._rows()))}</table>"
+
+    def _title(self) -> str:
+        where = f"the CPU, {self.threads} threads"
+        if self.hybrid:
+            where += f", and the accelerator ({self.hybrid['device']})"
+        return f"hybrimoe: {len(self.layers)} layers of experts on {where}"
+
+    def _rows(self) -> Iterator[Row]:
+        before, after = self.expert_bytes_before / 2**20, self.expert_bytes_after / 2**20
+        yield "format", f"{self.format}: {before:.1f} MiB of experts before, {after:.1f} MiB now"
+        yield "prefill", _rate(self.prefill_tokens, self.prefill_s)
+        yield "decode", _rate(self.decode_tokens, self.decode_s)
+        total = self.prefill_s + self.decode_s
+        if total > 0:
+            share = self.experts_s / total
+            parts = f"experts {share:.0%}, the rest of the model {1 - share:.0%}"
+            yield "time", f"{total:.2f} s: {parts}"
+        if self.hybrid:
+            yield from _shared(self.hybrid, self.prefill_tokens + self.decode_tokens)
+        for layer in sorted(self.layers, key=lambda layer: -layer.ms * layer.launches)[:SLOWEST]:
+            if layer.launches:
+                yield "slowest", _layer_text(layer)
 
 
 def _layer_report(layer: PooledExperts, stats: Stats) -> LayerReport:
@@ -137,36 +125,73 @@ def _layer_report(layer: PooledExperts, stats: Stats) -> LayerReport:
     )
 
 
-def _lanes(counts: dict[str, Any]) -> list[str]:
+def _layer_text(layer: LayerReport) -> str:
+    return (
+        f"{layer.name}: {layer.ms:.3f} ms per launch, {layer.experts:.1f} experts, "
+        f"{layer.gb_s:.1f} GB/s of weights"
+    )
+
+
+def _shared(counts: dict[str, Any], tokens: int) -> Iterator[Row]:
+    """What the policies did with an accelerator that shares the work."""
+    memory, ran = counts["memory"], counts["gpu_experts"] + counts["cpu_experts"]
+    if memory["shrinks"]:
+        first = memory["slots_at_first"]
+        left = f"{memory['slots']} of {first} slots left" if first else "no slots"
+        yield "memory", f"{left}: {memory['reason']}"
+    if not ran:
+        return
+    if counts["slots"]:
+        yield "cache", _cache_text(counts, max(tokens, 1))
+    on_gpu, on_cpu = counts["gpu_experts"] / ran, counts["cpu_experts"] / ran
+    yield "experts", f"{on_gpu:.0%} on the accelerator, {on_cpu:.0%} on the CPU"
+    yield from _lanes(counts)
+    yield from _comparisons(counts["guard"])
+    for what in counts["replaced"].values():
+        yield "replaced", what
+
+
+def _cache_text(counts: dict[str, Any], tokens: int) -> str:
+    return (
+        f"{counts['slots']} slots, {counts['hit_rate']:.1%} hits, "
+        f"{counts['uploads'] / tokens:.2f} uploads and {counts['link_bytes'] / tokens / 1e6:.2f} MB "
+        "over the link per token"
+    )
+
+
+def _lanes(counts: dict[str, Any]) -> Iterator[Row]:
     """How busy each lane was while layers ran, and what the others waited for."""
     whole, lanes, last = counts["layer_s"], counts["lane_s"], counts["ended_last"]
     if not whole:
-        return []
+        return
     busy = ", ".join(f"{NAMES[lane]} {lanes[lane] / whole:.0%}" for lane in NAMES)
-    steps = max(sum(last.values()), 1)
+    yield "busy", f"{busy} of the layers' time"
     slowest = max(last, key=last.__getitem__)
-    lines = [
-        f"  busy      {busy} of the layers' time",
-        f"  idle      the {NAMES[slowest]} ended last in {last[slowest] / steps:.0%} of the steps: the "
-        f"others waited for it, the CPU for {counts['wait_s'] / whole:.0%} of the time",
-    ]
+    share, waited = last[slowest] / max(sum(last.values()), 1), counts["wait_s"] / whole
+    yield (
+        "idle",
+        f"the {NAMES[slowest]} ended last in {share:.0%} of the steps: the others waited for it, "
+        f"the CPU for {waited:.0%} of the time",
+    )
     if counts["bound_share"] is not None:
         share = counts["bound_share"]
-        lines.append(f"  bound     decode at {share:.0%} of what memory and link could deliver")
-    return lines
+        yield "bound", f"decode at {share:.0%} of what memory and link could deliver"
 
 
-def _comparisons(guard: dict[str, Any] | None) -> list[str]:
+def _comparisons(guard: dict[str, Any] | None) -> Iterator[Row]:
     """What the pure modes took, where they were tried."""
-    lines = []
     for phase, result in (guard or {}).items():
         times = ", ".join(f"{name} {ms:.2f}" for name, ms in result["compared_ms"].items())
         if times:
-            lines.append(f"  compared  {phase}: {times} ms per token; chosen: {result['chosen']}")
-    return lines
+            yield "compared", f"{phase}: {times} ms per token; chosen: {result['chosen']}"
 
 
-def _rate(name: str, tokens: int, seconds: float) -> str:
+def _rate(tokens: int, seconds: float) -> str:
     if not tokens:
-        return f"  {name:9} no tokens yet"
-    return f"  {name:9} {tokens} tokens in {seconds:.2f} s: {tokens / seconds:.1f} tokens/s"
+        return "no tokens yet"
+    return f"{tokens} tokens in {seconds:.2f} s: {tokens / seconds:.1f} tokens/s"
+
+
+def _html_row(row: Row) -> str:
+    name, text = map(html.escape, row)
+    return f"<tr><th {LEFT}>{name}</th><td {LEFT}>{text}</td></tr>"

@@ -17,7 +17,8 @@ from hybrimoe.policy.presets import PRESETS
 from hybrimoe.policy.profiles import PROFILES, Profile
 from hybrimoe.policy.recording import merge
 from hybrimoe.policy.routing import RoutingTrace, sequences
-from hybrimoe.policy.simulator import Result, expert_budget, simulate
+from hybrimoe.policy.simulator import Result, simulate
+from hybrimoe.policy.sizes import expert_budget
 from hybrimoe.policy.sources import read_trace
 from hybrimoe.policy.statistics import Statistics, statistics
 

@@ -10,6 +10,7 @@ import numba
 import numpy as np
 import pytest
 
+from hybrimoe import caching
 from hybrimoe.kernels import jit
 
 SOURCE = """
@@ -112,7 +113,7 @@ def test_a_planted_cache_in_a_folder_of_others_never_runs(folder, mode):
 
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no such owners or modes here")
 def test_a_folder_of_another_user_is_refused(folder, monkeypatch):
-    monkeypatch.setattr(jit.os, "geteuid", lambda: os.getuid() + 1)
+    monkeypatch.setattr(caching.os, "geteuid", lambda: os.getuid() + 1)
     with pytest.warns(RuntimeWarning, match="belongs to another user"):
         assert not call(load(folder))
 
@@ -124,10 +125,10 @@ def test_a_private_folder_is_trusted_silently(folder):
 
 
 def test_without_a_folder_kernels_still_compile(folder, monkeypatch):
-    def nowhere(function):
+    def nowhere(function, stamp):
         raise RuntimeError("cannot cache function: no locator available")
 
-    monkeypatch.setattr(jit, "GuardedCache", nowhere)
+    monkeypatch.setattr(caching, "GuardedCache", nowhere)
     for _ in range(2):
         assert not call(load(folder))
 

@@ -65,7 +65,9 @@ def test_threads_and_batch_change_no_bit(monkeypatch, fmt):
 def test_every_instruction_set_agrees(isa):
     matrix, _, _ = make_matrix("int4", 48, 64, bias=False)
     x = np.random.default_rng(0).standard_normal((3, 64)).astype(np.float32)
-    np.testing.assert_allclose(run(matrix, x, "float32", isa=isa), run(matrix, x, "float32"), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        run(matrix, x, "float32", isa=isa), run(matrix, x, "float32"), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_nan_and_infinity_survive():

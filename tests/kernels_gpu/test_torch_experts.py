@@ -12,10 +12,12 @@ from gpu_cases import (
     layer_of,
     make_batch,
     partial_sum,
+    without_pairs,
 )
 
 from hybrimoe.kernels import torch_experts
-from hybrimoe.kernels.torch_experts import Batch, cut_batches, run
+from hybrimoe.kernels.torch_experts import cut_batches, run
+from hybrimoe.kernels.torch_pairs import Run
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 PARTIAL = [Case(fmt, bias=bias) for fmt in ("int4", "float16") for bias in (True, False)]
@@ -38,14 +40,6 @@ def test_partial_experts_sum_to_the_whole(case):
     assert partial_sum(run, case) < BOUNDS["float32"]
 
 
-@pytest.mark.parametrize("case", [c for c in grid() if c.parts], ids=str)
-def test_masked_shards_equal_skipped_ones(case, monkeypatch):
-    """What a device does with a table of shards that the host cannot read."""
-    monkeypatch.setattr(torch_experts, "_on_host", lambda tensor: False)
-
-    assert error(run, case) < BOUNDS["float32"]
-
-
 @pytest.mark.parametrize("limit", [1, 1 << 40])
 def test_batches_of_any_size_agree(limit, monkeypatch):
     monkeypatch.setattr(torch_experts, "UNPACKED_BYTES", limit)
@@ -53,24 +47,8 @@ def test_batches_of_any_size_agree(limit, monkeypatch):
     assert error(run, Case(tokens=9, k=3)) < BOUNDS["float32"]
 
 
-def test_counts_from_the_host_change_nothing():
-    case = Case(tokens=7, k=3)
-    layer = layer_of(case)
-    batch = make_batch(case, layer.layout.shards)
-    counts = torch.bincount(batch.slot, minlength=case.slots).tolist()
-
-    assert torch.equal(
-        compute(run, case, layer, batch, counts=counts), compute(run, case, layer, batch)
-    )
-
-
 def test_no_pairs_leave_the_output_alone():
-    case = Case()
-    layer = layer_of(case)
-    batch = make_batch(case, 1)
-    batch = batch._replace(**{n: getattr(batch, n)[:0] for n in ("token", "slot", "weight")})
-
-    assert not compute(run, case, layer, batch).any()
+    assert not compute(run, Case(), layer_of(Case()), without_pairs(Case())).any()
 
 
 def test_nan_stays_with_its_token():
@@ -84,14 +62,30 @@ def test_nan_stays_with_its_token():
     assert torch.isfinite(got[[0, 1, 3]]).all()
 
 
-def test_batches_cut_where_padding_would_grow():
-    layout = layer_of(Case()).layout
-    batches = list(cut_batches(layout, [1, 0, 1, 90, 80, 0], None, 4))
-
-    assert batches == [
-        Batch([0, 2], [0, 1], [1, 1], (0, layout.shards)),
-        Batch([3, 4], [2, 92], [90, 80], (0, layout.shards)),
+def test_batches_cut_where_padding_or_shards_differ():
+    layout, whole = layer_of(Case()).layout, (0, layer_of(Case()).layout.shards)
+    runs = [
+        Run(0, 0, 1, *whole),
+        Run(2, 1, 1, *whole),
+        Run(3, 2, 90, *whole),
+        Run(4, 92, 80, *whole),
+        Run(5, 172, 90, 0, 1),
+        Run(6, 262, 90, 1, 1),
     ]
+    batches = list(cut_batches(layout, runs, 4))
+
+    assert batches == [runs[:2], runs[2:4], runs[4:5]]
+
+
+def test_slots_wider_than_the_expert_are_read_the_same():
+    case = Case(bias=True)
+    layer = layer_of(case)
+    batch = make_batch(case, layer.layout.shards)
+    wide = torch.nn.functional.pad(layer.blobs, (0, 128), value=255)
+    layout = layer.layout._replace(expert_bytes=wide.shape[1])
+    slab = layer._replace(blobs=wide, layout=layout)
+
+    assert torch.equal(compute(run, case, slab, batch), compute(run, case, layer, batch))
 
 
 def test_repeats_give_the_same_bits():

@@ -1,18 +1,27 @@
 """Experts by Triton: in its interpreter, compiled for a GPU that need not be there, and on one."""
 
 import os
+import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
-from gpu_cases import BOUNDS, Case, compute, error, grid, layer_of, make_batch, partial_sum
+from gpu_cases import BOUNDS, SILU, Case, compute, error, grid, layer_of, make_batch, partial_sum
 
 from hybrimoe.kernels import triton_experts
-from hybrimoe.kernels.activations import Gate
 from hybrimoe.kernels.layout import expert_layout
-from hybrimoe.kernels.triton_experts import TritonMissingError, available, run
+from hybrimoe.kernels.triton_experts import (
+    BLOCKS,
+    GROUPS,
+    TILES,
+    UNITS,
+    TritonMissingError,
+    available,
+    run,
+)
 
 needs_triton = pytest.mark.skipif(not available(), reason="triton is not installed")
 on_gpu = pytest.mark.skipif(
@@ -20,11 +29,12 @@ on_gpu = pytest.mark.skipif(
 )
 PATHS = {"pairs": False, "tiles": True}
 TYPES = {
-    **dict.fromkeys(("words", "token", "slot", "sorted_slot", "shards", "tiles"), "*i32"),
-    **dict.fromkeys(("weight", "sorted_weight", "out", "y"), "*fp32"),
+    **dict.fromkeys(("words", "table"), "*i32"),
+    **dict.fromkeys(("out", "y"), "*fp32"),
     **dict.fromkeys(("alpha", "limit", "offset"), "fp32"),
-    **{"x": "*bf16", "pairs": "i32"},
+    **dict.fromkeys(("pairs", "tokens"), "i32"),
 }
+KERNELS = {"up_pairs": False, "down_tokens": False, "up_tiles": True, "down_tiles": True}
 
 
 @needs_triton
@@ -56,25 +66,65 @@ def test_importing_without_triton_works():
 
 
 @needs_triton
-@pytest.mark.parametrize("name", ["_up_pairs", "_down_tokens", "_up_tiles", "_down_tiles"])
-@pytest.mark.parametrize("capability", [89, 90])
-def test_compiles_for_ada_and_hopper(name, capability):
+def test_importing_asks_for_no_driver():
+    code = "import hybrimoe.kernels.triton_experts as t, torch; print(t.available(), end=' '); "
+    code += "print(torch.cuda.is_initialized())"
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+
+    assert done.stdout == "True False\n"
+
+
+@needs_triton
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("capability", [80, 90])
+def test_compiles_without_spills(name, capability):
     """The interpreter accepts what the compiler does not; Triton brings its own assembler."""
+    if KERNELS[name]:
+        for precision, dtype in (("ieee", "bf16"), ("tf32x3", "fp32")):
+            _, size, warps = TILES[precision][-1]
+            tile = {"TILE": size, "BLOCKS": BLOCKS, "GROUPS": GROUPS, "PRECISION": precision}
+            assert spilled(name, capability, {"x": dtype, "h": dtype}, tile, warps) == 0
+    else:
+        units = UNITS["int4"] * (2 if name == "down_tokens" else 1)
+        types, warps = {"x": "bf16", "h": "fp32"}, 8 if name == "down_tokens" else 4
+        assert spilled(name, capability, types, {"UNITS": units}, warps) == 0
+
+
+def spilled(name, capability, types, constants, warps):
+    """Bytes per thread that a kernel keeps in local memory, as it is launched for Qwen3-30B-A3B."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    layout = expert_layout("int4", 256, 512, True, True)
-    x = torch.empty(1, 256, dtype=torch.bfloat16)
-    constants = triton_experts._constants("int4", layout, Gate(0), x, True)
-    pairs, tiles = {"PAIRS": 128, "UNITS": 32}, {"TILE": 16, "BLOCKS": 4, "GROUPS": 2}
-    constants |= tiles if "tiles" in name else pairs
-    types = TYPES | {"h": "*bf16" if "tiles" in name else "*fp32"}
+    layout = expert_layout("int4", 2048, 768, True, False)
+    constants = triton_experts._constants("int4", layout, SILU.kind, 2048) | constants
+    types = TYPES | {name: f"*{dtype}" for name, dtype in types.items()}
     kernel = getattr(triton_experts, name)
+    constants = {n: value for n, value in constants.items() if n in kernel.arg_names}
     signature = {n: "constexpr" if n in constants else types[n] for n in kernel.arg_names}
-    source = ASTSource(kernel, signature, constants)
-    compiled = compile(source, target=GPUTarget("cuda", capability, 32))
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, n in enumerate(kernel.arg_names)
+        if signature[n].startswith("*")
+    }
+    source = ASTSource(kernel, signature, constants, aligned)
+    options = {"num_warps": warps}
+    compiled = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    assert ".target sm_" in compiled.asm["ptx"]
+    return local_bytes(compiled.asm["cubin"])
 
-    assert len(compiled.asm["cubin"]) > 0
+
+def local_bytes(cubin):
+    """Stack frame of the one kernel in a cubin, by the disassembler that Triton brings."""
+    tool = Path(triton_experts.triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [tool, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"STACK:(\d+)", text)[1])
 
 
 @pytest.mark.gpu

@@ -1,7 +1,6 @@
 """Every mutation still fits the source, so that `mutate.py` keeps meaning something."""
 
 import pytest
-
 from mutate import MUTATIONS, ROOT
 
 

@@ -105,6 +105,33 @@ class CacheContract:
         assert {(m.layer, m.expert) for m in moves} == {(0, 3), (0, 2), (1, 0), (1, 1)}
         check(cache)
 
+    @pytest.mark.parametrize("slots", [0, 1, 3, 4, 6])
+    def test_resizing_starts_again_with_what_is_worth_most(self, slots: int) -> None:
+        cache = self.make(slots=4, layers=1, experts=6, top_k=2)
+        if isinstance(self.ranking, Belady):
+            pytest.skip("knows one trace only")
+        cache.fill()
+        for expert in (5, 5, 4, 5, 4, 3):
+            scores = np.zeros(6, np.float32)
+            scores[expert] = 1
+            cache.observe(load([expert], total=6, scores=scores))
+        cache.hold(0, np.array([0, 1], np.int32))
+        cache.arrival[:] = np.inf
+        before, worth = cache.generation.max(), cache.worth(0).copy()
+        moves = cache.resize(slots)
+
+        assert cache.slots == len(moves) == slots == cache.resident(0).sum()
+        assert cache.references.size == slots + cache.staging
+        assert not cache.references.any()
+        assert not cache.arrival.any()
+        assert all(move.generation > before for move in moves)
+        assert (cache.generation > before).all()
+        assert cache.worth(0).tolist() == worth.tolist()
+        if not (isinstance(self.ranking, Static) and self.ranking.by == "layer"):
+            least = worth[cache.resident(0)].min(initial=np.inf)
+            assert least >= worth[~cache.resident(0)].max(initial=-np.inf)
+        check(cache)
+
     @given(
         st.lists(st.tuples(st.integers(0, 2), st.integers(0, 5), st.integers(0, 5)), max_size=60)
     )
@@ -291,6 +318,16 @@ def test_layer_scope_divides_slots_equally_and_by_use() -> None:
     assert Cache(LRU(), 5, 2, 4).quota.tolist() == [3, 2]
     assert quotas(frequency, 5).tolist() == [4, 1]
     assert Cache(LRU(shares="frequency"), 5, 2, 4, frequency=frequency).quota.tolist() == [4, 1]
+
+
+def test_quotas_by_frequency_follow_what_was_used_when_slots_change() -> None:
+    cache = Cache(LRU(shares="frequency"), 6, 2, 4, frequency=np.ones((2, 4)))
+    for expert in range(4):
+        cache.observe(load([expert], layer=0))
+        cache.observe(load([2], layer=1))
+    cache.resize(5)
+    assert cache.quota.tolist() == [4, 1]
+    assert cache.occupied.tolist() == [4, 1]
 
 
 def test_staging_slots_lie_behind_the_others_and_are_taken_in_turn() -> None:

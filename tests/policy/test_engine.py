@@ -179,11 +179,19 @@ def test_a_background_copy_whose_slot_was_given_up_is_not_sent() -> None:
         step += 1
     slot = int(np.flatnonzero(np.isinf(engine.cache.arrival))[0])
     layer, expert = engine.cache.owner[slot]
+    given_up, sent = (slot, int(engine.cache.generation[slot])), []
+    original = executor.copy
+
+    def copy(move: Move, timeline: Timeline) -> float:
+        sent.append((move.slot, move.generation))
+        return original(move, timeline)
+
+    executor.copy = copy  # type: ignore[method-assign]
     engine.cache.drop(layer, expert)
-    sent = executor.holds[slot]
     for _ in range(2):
         engine.step(token(rng, (layer + 1) % 3))
-    assert executor.holds[slot] == sent or executor.holds[slot][:2] != (layer, expert)
+    assert sent
+    assert given_up not in sent
 
 
 def test_a_policy_that_breaks_its_contract_is_named() -> None:

@@ -9,23 +9,25 @@ from policy_cases import make_cost
 
 from hybrimoe.errors import ConfigError, PlanError, ProfileError
 from hybrimoe.policy.cost import CostModel
+from hybrimoe.policy.oracle import perfect_forecasts
 from hybrimoe.policy.prefetcher import Impact, Never
 from hybrimoe.policy.presets import PRESETS, preset
 from hybrimoe.policy.profiles import PROFILES
-from hybrimoe.policy.ranking import LRU, MRS
+from hybrimoe.policy.ranking import LRU, MRS, NextToken
 from hybrimoe.policy.routing import Load, RoutingTrace
 from hybrimoe.policy.scheduler import CpuOnly, OnDemand, Plan, Scheduler, Static
-from hybrimoe.policy.simulator import Result, expert_budget, simulate
+from hybrimoe.policy.simulator import Result, simulate
+from hybrimoe.policy.sizes import expert_budget
 from hybrimoe.policy.sources import from_fractions
 from hybrimoe.policy.synthesis import synthesise
 from hybrimoe.policy.timeline import Array, Lane, Timeline
 
 GOLDEN = {
-    "hybrimoe": (0.012734526284611008, 0.5998263888888888, 22.266666666666666),
-    "hybrimoe-paper": (0.014355953983122002, 0.6076388888888888, 12.75),
+    "hybrimoe": (0.012447648070748702, 0.621875, 23.7),
+    "hybrimoe-paper": (0.014339632124943468, 0.6119791666666666, 14.416666666666666),
     "ktransformers": (0.01339629493745917, 0.6248263888888889, 0.0),
     "llamacpp": (0.022952283080973752, 0.25, 0.0),
-    "adapmoe": (0.02516769906938677, 0.6114583333333333, 43.03333333333333),
+    "adapmoe": (0.025280094557822288, 0.6107638888888889, 43.28333333333333),
     "fiddler": (0.01324922166556977, 0.6326388888888889, 0.0),
     "powerinfer": (0.01324922166556977, 0.6326388888888889, 0.0),
     "ondemand": (0.024385577991835772, 0.6255208333333333, 35.95),
@@ -156,6 +158,17 @@ def test_recorded_forecasts_are_used_unless_told_otherwise() -> None:
     assert seen.hit_rate > never.hit_rate
 
 
+def test_prefetches_that_come_true_are_counted() -> None:
+    trace = synthesise(6, 16, 2, tokens=60, seed=1)
+    cost = make_cost(link_bandwidth=400.0, link_bandwidth_contended=400.0)
+    sure = simulate(perfect_forecasts(trace), cost, "adapmoe")
+    learnt = simulate(trace, cost, "adapmoe")
+    assert sure.prefetch_precision == 1.0
+    assert sure.prefetches_per_token > 1
+    assert 0 < learnt.prefetch_precision < 0.9
+    assert simulate(trace, cost, "ondemand").prefetch_precision is None
+
+
 def test_own_policies_take_a_presets_place() -> None:
     found = simulate(
         by_hand(), make_cost(), vram=0.5, scheduler=CpuOnly(), cache=LRU(), prefetcher=Never()
@@ -179,8 +192,8 @@ def test_a_scheduler_that_breaks_its_contract_is_refused() -> None:
     ("arguments", "error", "message"),
     [
         ({"vram": 100}, ConfigError, "holds 1 experts of 100 bytes, one layer's top-k needs 2"),
-        ({"vram": -1}, ConfigError, "vram must be at least 0"),
-        ({"vram": "lots"}, ConfigError, 'vram must be bytes, "6GiB" or a fraction'),
+        ({"vram": -1}, ConfigError, "vram must be positive bytes"),
+        ({"vram": "lots"}, ConfigError, "vram must be a size like '10GiB'"),
         ({"preset": "fastest"}, ConfigError, "preset must be one of"),
         ({"prior": np.ones((2, 2))}, ConfigError, r"prior must have shape \(1, 4\)"),
         ({"profile": "laptop"}, ProfileError, "the trace names no model"),
@@ -202,6 +215,5 @@ def test_budgets() -> None:
 
 def test_presets_are_the_named_systems() -> None:
     assert preset("ondemand").scheduler == OnDemand()
-    assert preset("hybrimoe").ranking == MRS(
-        alpha=0.1, scope="model", admission=True, backfill=True
-    )
+    assert preset("hybrimoe").ranking == NextToken(scope="model", admission=True, backfill=True)
+    assert preset("hybrimoe-paper").ranking == MRS(alpha=0.5)

@@ -59,22 +59,24 @@ class Strides(NamedTuple):
 
 @kernel
 def run_experts(
-    isa, fmt, dtype, threads, layout, strides, gate, blobs, x, ids, weights, shards, out, scratch
-):
+    isa, fmt, dtype, threads, layout, strides, gate, blobs, place, x, ids, weights, shards, out, add,
+    scratch,
+):  # fmt: skip
     """out[t] = sum over k of weights[t, k] * expert[ids[t, k]](x[t]).
 
-    blobs [E, expert_bytes] uint8; x, out [T, D] in `dtype` (bfloat16 and float16 as uint16 bits);
-    ids [T, K] int64, every id in [0, E); weights [T, K] float32; shards [E, 2] int32, the range of
-    shards of each expert to sum. All C-contiguous.
+    blobs [N, expert_bytes] uint8; place [E] int32, the row of each expert that has work; x, out
+    [T, D] in `dtype` (bfloat16 and float16 as uint16 bits); ids [T, K] int64, every id in [0, E);
+    weights [T, K] float32; shards [E, 2] int32, the range of shards of each expert to sum. All
+    C-contiguous. add: 1 to go on from what `out` holds, 0 to begin at zero.
     """
     scratch.counters[:] = 0
     sort_pairs(ids, weights, scratch)
     active = list_active(shards, scratch)
     few = min(threads, x.shape[0] // 8 + 1)
     fork_join(few, prepare_worker, (fmt, dtype, layout, strides, x, scratch))
-    sweep = (isa, fmt, layout, strides, gate, blobs, shards, active, scratch)
+    sweep = (isa, fmt, layout, strides, gate, blobs, place, shards, active, scratch)
     fork_join(threads, gate_up_worker, sweep)
-    join = (isa, fmt, dtype, layout, strides, blobs, shards, active, out, scratch)
+    join = (isa, fmt, dtype, layout, strides, blobs, place, shards, active, out, add, scratch)
     fork_join(threads, down_worker, join)
 
 
@@ -135,7 +137,7 @@ def prepare_worker(fmt, dtype, layout, strides, x, scratch):
 
 
 @inner
-def gate_up_worker(isa, fmt, layout, strides, gate, blobs, shards, active, scratch):
+def gate_up_worker(isa, fmt, layout, strides, gate, blobs, place, shards, active, scratch):
     """One tile is 32 rows of F of one expert, for all its tokens."""
     block = scratch.block[take(scratch.counters, 1)]
     groups = layout.width // 32
@@ -143,7 +145,7 @@ def gate_up_worker(isa, fmt, layout, strides, gate, blobs, shards, active, scrat
     while tile < tiles:
         e, s = scratch.active[tile // groups // layout.shards], tile // groups % layout.shards
         if shards[e, 0] <= s < shards[e, 1]:
-            at = e * layout.expert_bytes + s * layout.shard_bytes
+            at = place[e] * layout.expert_bytes + s * layout.shard_bytes
             gate_up_tile(
                 isa, fmt, layout, strides, gate, blobs, at, e, s, tile % groups, block, scratch
             )
@@ -197,7 +199,9 @@ def gate_up(tag, isa, fmt, layout, strides, blobs, at, g, p, block, scratch):
 
 
 @inner
-def down_worker(isa, fmt, dtype, layout, strides, blobs, shards, active, out, scratch):
+def down_worker(
+    isa, fmt, dtype, layout, strides, blobs, place, shards, active, out, add, scratch
+):
     """One tile is a chunk of 16-row blocks of D, summed over all experts and tokens."""
     chunks = -(-(layout.hidden // 16) // strides.chunk)
     tile = take(scratch.counters, 3)
@@ -205,12 +209,17 @@ def down_worker(isa, fmt, dtype, layout, strides, blobs, shards, active, out, sc
         first = tile * strides.chunk
         end = min(first + strides.chunk, layout.hidden // 16)
         scratch.sums[: out.shape[0], first * 16 : end * 16] = 0
+        if add:
+            for t in range(out.shape[0]):
+                for d in range(first * 16, min(end * 16, out.shape[1])):
+                    scratch.sums[t, d] = widen(dtype, out[t, d])
         for a in range(active):
             e = scratch.active[a]
             for s in range(shards[e, 0], shards[e, 1]):
-                prefetch_run(blobs, layout, shards, scratch, active, a, s, first)
+                prefetch_run(blobs, place, layout, shards, scratch, active, a, s, first)
+                at = place[e] * layout.expert_bytes + s * layout.shard_bytes
                 for row_block in range(first, end):
-                    down_tile(isa, fmt, layout, strides, blobs, e, s, row_block, scratch)
+                    down_tile(isa, fmt, layout, strides, blobs, at, e, s, row_block, scratch)
         for t in range(out.shape[0]):
             for d in range(first * 16, min(end * 16, out.shape[1])):
                 out[t, d] = narrow(dtype, scratch.sums[t, d])
@@ -218,7 +227,7 @@ def down_worker(isa, fmt, dtype, layout, strides, blobs, shards, active, out, sc
 
 
 @inlined
-def prefetch_run(blobs, layout, shards, scratch, active, a, s, first):
+def prefetch_run(blobs, place, layout, shards, scratch, active, a, s, first):
     """Ask for the start of the run of down blocks that comes after shard s of active expert a.
 
     The hardware's prefetcher loses the stream at each jump; the first 4 KiB give it a new start,
@@ -228,32 +237,32 @@ def prefetch_run(blobs, layout, shards, scratch, active, a, s, first):
     if after == shards[e, 1] and a + 1 < active:
         e = scratch.active[a + 1]
         after = shards[e, 0]
-    at = e * layout.expert_bytes + after * layout.shard_bytes
+    at = place[e] * layout.expert_bytes + after * layout.shard_bytes
     at += layout.down_at + first * layout.down_block
     for line in range(64):
         prefetch(blobs.reshape(-1), at + line * 64)
 
 
 @inlined
-def down_tile(isa, fmt, layout, strides, blobs, e, s, row_block, scratch):
+def down_tile(isa, fmt, layout, strides, blobs, at, e, s, row_block, scratch):
     p, end = scratch.offsets[e], scratch.offsets[e + 1]
     while p < end:
         tokens = deepest(end - p)
         if tokens == 8:
-            down(T8, isa, fmt, layout, strides, blobs, e, s, row_block, p, scratch)
+            down(T8, isa, fmt, layout, strides, blobs, at, s, row_block, p, scratch)
         elif tokens == 4:
-            down(T4, isa, fmt, layout, strides, blobs, e, s, row_block, p, scratch)
+            down(T4, isa, fmt, layout, strides, blobs, at, s, row_block, p, scratch)
         elif tokens == 2:
-            down(T2, isa, fmt, layout, strides, blobs, e, s, row_block, p, scratch)
+            down(T2, isa, fmt, layout, strides, blobs, at, s, row_block, p, scratch)
         else:
-            down(T1, isa, fmt, layout, strides, blobs, e, s, row_block, p, scratch)
+            down(T1, isa, fmt, layout, strides, blobs, at, s, row_block, p, scratch)
         p += tokens
 
 
 @inlined
-def down(tag, isa, fmt, layout, strides, blobs, e, s, row_block, p, scratch):
-    """Add 16 rows of D of shard s of expert e to the sums of the tokens of pairs p, p + 1, ..."""
-    blob, at = blobs.reshape(-1), e * layout.expert_bytes + s * layout.shard_bytes
+def down(tag, isa, fmt, layout, strides, blobs, at, s, row_block, p, scratch):
+    """Add 16 rows of D of shard s, at byte `at`, to the sums of the tokens of pairs p, p + 1, ..."""
+    blob = blobs.reshape(-1)
     h = following_rows(tag, scratch.h, p, strides.h)
     bias = no_floats()
     if layout.bias_at:

@@ -117,7 +117,9 @@ def multiply(isa, fmt, dtype, threads, chunk, layout, blob, bias, x, out, buffer
     few = min(threads, x.shape[0] // 8 + 1)
     fork_join(few, quantize_worker, (fmt, dtype, layout, stride, x, buffers))
     buffers.counters[1] = 0
-    fork_join(threads, rows_worker, (isa, fmt, dtype, chunk, layout, stride, blob, bias, out, buffers))
+    fork_join(
+        threads, rows_worker, (isa, fmt, dtype, chunk, layout, stride, blob, bias, out, buffers)
+    )
 
 
 @inner

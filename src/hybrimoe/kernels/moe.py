@@ -28,7 +28,13 @@ class PackedLayer(NamedTuple):
     layout: Layout
     gate: Gate
     hidden: int  # D, not padded
-    blobs: np.ndarray  # [E, expert_bytes] uint8
+    blobs: np.ndarray  # [N, expert_bytes] uint8; N = E unless `place` is given
+    place: np.ndarray | None = None  # [E] int32, the row of each expert; None: expert e is row e
+
+    @property
+    def experts(self) -> int:
+        """E, of which not all need to be in `blobs`."""
+        return len(self.blobs if self.place is None else self.place)
 
 
 class Launch(NamedTuple):
@@ -37,6 +43,7 @@ class Launch(NamedTuple):
     threads: int
     strides: Strides
     shards: np.ndarray  # [E, 2] int32: all shards of every expert
+    place: np.ndarray  # [E] int32: every expert in its own row
     scratch: Scratch
 
 
@@ -49,7 +56,7 @@ class Workspace:
 
     def launch(self, layer: PackedLayer, tokens: int, k: int, threads: int) -> Launch:
         """Everything for a launch of T = `tokens`, K = `k`; made once per size."""
-        key = (layer.fmt, layer.layout, len(layer.blobs), tokens, k, threads)
+        key = (layer.fmt, layer.layout, layer.experts, tokens, k, threads)
         found = self._launches.get(key)
         if found is None:
             if len(self._launches) >= 1024:  # prompts of many lengths; making one costs 20 us
@@ -58,7 +65,7 @@ class Workspace:
         return found
 
     def _make(self, layer: PackedLayer, tokens: int, k: int, threads: int) -> Launch:
-        layout, experts = layer.layout, layer.blobs.shape[0]
+        layout, experts = layer.layout, layer.experts
         touched = min(tokens * k, experts) * layout.expert_bytes * max(1, tokens // 8)
         threads = 1 if touched < SMALL else threads
         # Long runs of down rows keep memory streaming: two tiles per thread, at most 512 rows.
@@ -77,7 +84,8 @@ class Workspace:
             self._take("sums", tokens * layout.hidden, np.float32).reshape(tokens, layout.hidden),
             self._take("block", threads * DEEPEST * 64, np.float32).reshape(threads, -1),
         )
-        return Launch(threads, Strides(x, h, chunk), shards, scratch)
+        place = np.arange(experts, dtype=np.int32)
+        return Launch(threads, Strides(x, h, chunk), shards, place, scratch)
 
     def _take(self, name: str, size: int, dtype: type) -> np.ndarray:
         """A flat array of `size` numbers; its content is whatever was there before."""
@@ -99,12 +107,16 @@ def run_layer(
     threads: int | None = None,
     shards: np.ndarray | None = None,
     isa: str | None = None,
+    add: bool = False,
 ) -> None:
     """out[t] = sum over k of weights[t, k] * expert[ids[t, k]](x[t]).
 
     x, out [T, D] in `dtype` (bfloat16 and float16 as uint16 bits), ids [T, K] int64, weights [T, K]
     float32, shards [E, 2] int32 or None for all of every expert. All C-contiguous. Raises
     RoutingError before anything runs if an id is not in [0, E).
+
+    add: the sums go on from what `out` holds. In float32, launches over experts in rising order then
+    give the very bits of one launch over all of them.
     """
     check_arguments(layer, x, ids, weights, out, dtype, shards)
     tag, fmt, kind = ISA_TAGS[isa or HOST_ISA], FORMATS[layer.fmt], DTYPES[dtype]
@@ -115,8 +127,9 @@ def run_layer(
             go = workspace.launch(layer, tokens, k, launch.threads(threads))
             # fmt: off
             run_experts(tag, fmt, kind, go.threads, layer.layout, go.strides, layer.gate,
-                        layer.blobs, x[part], ids[part], weights[part],
-                        go.shards if shards is None else shards, out[part], go.scratch)
+                        layer.blobs, go.place if layer.place is None else layer.place,
+                        x[part], ids[part], weights[part],
+                        go.shards if shards is None else shards, out[part], int(add), go.scratch)
             # fmt: on
 
 
@@ -135,7 +148,7 @@ def check_arguments(
     if x.ndim != 2 or ids.ndim != 2:
         raise RoutingError(f"x and ids must have two dimensions, got {x.shape} and {ids.shape}")
     number = np.dtype(np.float32 if dtype == "float32" else np.uint16)
-    shape, experts = (len(x), layer.hidden), layer.blobs.shape[0]
+    shape, experts = (len(x), layer.hidden), layer.experts
     _check("x", x, shape, number)
     _check("out", out, shape, number)
     _check("ids", ids, (len(x), ids.shape[-1]), np.dtype(np.int64))
@@ -147,6 +160,10 @@ def check_arguments(
                 f"shards must lie in [0, {layer.layout.shards}], got "
                 f"[{shards.min()}, {shards.max()}]"
             )
+    if layer.place is not None:
+        _check("place", layer.place, (experts,), np.dtype(np.int32))
+        if not 0 <= layer.place.min() <= layer.place.max() < len(layer.blobs):
+            raise RoutingError(f"place must name rows in [0, {len(layer.blobs)}), got {layer.place}")
     if not ids_in_range(ids, experts):
         bad = ids[(ids < 0) | (ids >= experts)][0]
         raise RoutingError(f"expert ids must lie in [0, {experts}), got {bad}")

@@ -12,6 +12,8 @@ from hybrimoe.kernels.simd import take
 from hybrimoe.kernels.threads import fork_join
 
 F16 = DTYPES["float16"]
+ONLY_UP, ONLY_DOWN = 1, 2
+"""Which matrices to pack when they do not come together."""
 
 
 class Strides(NamedTuple):
@@ -43,7 +45,8 @@ def pack_experts(fmt, dtype, threads, layout, weights, blobs, rows, work):
     """Fill `blobs` [E, expert_bytes] uint8 from `weights`, biases aside.
 
     rows: [threads, 32] float32 scratch. work: [8] int64 zeros; work[1] tells how many groups could
-    not be quantized, because a weight is not finite or its scale exceeds float16.
+    not be quantized, because a weight is not finite or its scale exceeds float16. work[3] set to
+    ONLY_UP or ONLY_DOWN leaves the other matrices' bytes alone and does not read their weights.
     """
     fork_join(threads, _pack_worker, (fmt, dtype, layout, weights, blobs, rows, work))
 
@@ -73,11 +76,12 @@ def _pack_worker(fmt, dtype, layout, weights, blobs, rows, work):
     tile, tiles = take(work, 0), blobs.shape[0] * _blocks(layout)
     while tile < tiles:
         block = _block(layout, weights, tile)
-        tensor = weights.down if block.down else weights.up
-        for lane in range(16):
-            for g in range(block.groups):
-                _read_group(dtype, tensor, block, lane, g, row)
-                pack_group(fmt, row, flat, block.at, lane, g, work)
+        if work[3] == 0 or block.down == (work[3] == ONLY_DOWN):
+            tensor = weights.down if block.down else weights.up
+            for lane in range(16):
+                for g in range(block.groups):
+                    _read_group(dtype, tensor, block, lane, g, row)
+                    pack_group(fmt, row, flat, block.at, lane, g, work)
         tile = take(work, 0)
 
 

@@ -1,25 +1,25 @@
 """Experts on any torch device from the packed blobs, by torch operations alone.
 
-The complete fallback where Triton is missing: a few slots at a time are unpacked by views and one
-permute, then multiplied as one batch. Sums are taken slot by slot, so as long as no slot sees a
-token twice, every run gives the same bits. Made to be right everywhere; its speed is unmeasured.
+The complete fallback where Triton is missing, by the contract of `torch_pairs`: a few slots at a
+time are unpacked by views and one permute, then multiplied as one batch. Sums are taken slot by
+slot, and no slot sees a token twice, so every run gives the same bits. Made to be right everywhere;
+its speed is unmeasured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu, pad, relu
 
 from hybrimoe.kernels.activations import SOFTCAP, Gate
 from hybrimoe.kernels.layout import BLOCK_BYTES, GROUP, QUANTIZED, ROWS, Layout
+from hybrimoe.kernels.torch_pairs import DTYPES, NUMBERS, Pairs, Put, Run, Slots, by_slot
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-NUMBERS = {"int4": 8, "int8": 4, "bfloat16": 2, "float16": 1, "float32": 1}
-"""Columns of one row that lie side by side before the next of the 16 interleaved rows."""
 UNPACKED_BYTES = 256 << 20
 """Unpacked weights that one batch of slots may take."""
 PADDING = 2
@@ -35,65 +35,30 @@ class Unpacked(NamedTuple):
     down_bias: Tensor | None  # [A, D] float32; zero but in the first shard
 
 
-class Batch(NamedTuple):
-    """Slots computed together, and where the pairs of each begin and how many there are."""
-
-    slots: list[int]
-    starts: list[int]
-    counts: list[int]
-    shards: tuple[int, int]
-
-
 class Layer(NamedTuple):
     """What all batches of one call share."""
 
-    fmt: str
-    layout: Layout
-    gate: Gate
-    blobs: Tensor  # [S, expert_bytes] uint8
+    slots: Slots
     dtype: torch.dtype  # of the products
     x: Tensor  # [T, D], padded, in `dtype`
-    token: Tensor  # [P]
-    weight: Tensor  # [P]
-    masks: Tensor | None  # [S, 2], shards to keep after computing all
+    token: Tensor  # [P] int32, sorted by slot
+    weight: Tensor  # [P] float32
 
 
-def run(
-    fmt: str,
-    layout: Layout,
-    gate: Gate,
-    blobs: Tensor,
-    x: Tensor,
-    token: Tensor,
-    slot: Tensor,
-    weight: Tensor,
-    out: Tensor,
-    shards: Tensor | None = None,
-    counts: list[int] | None = None,
-) -> None:
-    """out[token[p]] += weight[p] * expert(slot[p])(x[token[p]]) for every pair p.
-
-    blobs [S, expert_bytes] uint8; x [T, D] in any float dtype; token, slot [P] int32, sorted by
-    slot; weight [P] float32; out [T, D] float32. Shapes and ids are the caller's to check.
-    shards: [S, 2] int32, the range of shards of each slot's expert to sum. On the host, only these
-    are unpacked; on another device, reading it would stall, so all are computed and some masked.
-    counts: pairs of each slot, [S] on the host. Without it a device is asked, which stalls.
-    """
-    if not len(slot):
+def run(slots: Slots, pairs: Pairs, x: Tensor, out: Tensor, put: Put) -> None:
+    """out[token] += weight * expert(x[token]) for all pairs: see `torch_pairs`."""
+    if not len(pairs.token):
         return
-    if counts is None:
-        # sync: the host cuts the batches; callers that know their routing pass counts.
-        counts = torch.bincount(slot, minlength=len(blobs)).tolist()
-    dtype = compute_dtype(fmt, x)
-    wide = pad(x, (0, layout.hidden - x.shape[1])).to(dtype)
-    masks = None if shards is None or _on_host(shards) else shards
-    ranges = None if shards is None or masks is not None else shards.tolist()
-    layer = Layer(fmt, layout, gate, blobs, dtype, wide, token, weight, masks)
-    for batch in cut_batches(layout, counts, ranges, dtype.itemsize):
+    order, runs = by_slot(pairs)
+    columns = (pairs.token[order], pairs.weight[order].view(np.int32))
+    token, bits = put(np.concatenate(columns)).chunk(2)
+    dtype = compute_dtype(slots.fmt, x)
+    wide = pad(x, (0, slots.layout.hidden - x.shape[1])).to(dtype)
+    layer = Layer(slots, dtype, wide, token, bits.view(torch.float32))
+    for batch in cut_batches(slots.layout, runs, dtype.itemsize):
         y = _run_batch(layer, batch)
-        for row, start, count in zip(y, batch.starts, batch.counts):
-            pairs = slice(start, start + count)
-            out.index_add_(0, token[pairs], row[:count, : out.shape[1]])
+        for row, (_, start, count, _, _) in zip(y, batch):
+            out.index_add_(0, token[start : start + count], row[:count, : out.shape[1]])
 
 
 def compute_dtype(fmt: str, x: Tensor) -> torch.dtype:
@@ -103,28 +68,21 @@ def compute_dtype(fmt: str, x: Tensor) -> torch.dtype:
     return x.dtype if halves and (fmt in QUANTIZED or DTYPES[fmt] == x.dtype) else torch.float32
 
 
-def cut_batches(
-    layout: Layout, counts: list[int], ranges: list[list[int]] | None, itemsize: int
-) -> Iterator[Batch]:
+def cut_batches(layout: Layout, runs: Iterable[Run], itemsize: int) -> Iterator[list[Run]]:
     """Slots with pairs, in order, a few at a time: as many as memory and padding allow."""
     most = UNPACKED_BYTES // ((layout.matrices + 1) * layout.inner * layout.hidden * itemsize)
-    batch, start = Batch([], [], [], (0, 0)), 0
-    for slot, count in enumerate(counts):
-        low, high = (0, layout.shards) if ranges is None else ranges[slot]
-        if count and low < high:
-            joined = [*batch.counts, count]
-            padded = len(joined) * max(joined) > PADDING * sum(joined)
-            if batch.slots and (len(joined) > most or padded or batch.shards != (low, high)):
-                yield batch
-                batch = Batch([], [], [], (0, 0))
-            batch = Batch(
-                [*batch.slots, slot],
-                [*batch.starts, start],
-                [*batch.counts, count],
-                (low, high),
-            )
-        start += count
-    if batch.slots:
+    batch: list[Run] = []
+    for run in runs:
+        if run.low >= run.high:
+            continue
+        counts = [other.count for other in batch] + [run.count]
+        padded = len(counts) * max(counts) > PADDING * sum(counts)
+        other_shards = bool(batch) and batch[0][3:] != run[3:]
+        if batch and (len(counts) > most or padded or other_shards):
+            yield batch
+            batch = []
+        batch.append(run)
+    if batch:
         yield batch
 
 
@@ -133,7 +91,9 @@ def unpack(
 ) -> Unpacked:
     """Shards [low, high) of the experts in `blobs` [A, expert_bytes], their weights in `dtype`."""
     slots, matrices, tall = len(blobs), layout.matrices, layout.hidden // ROWS
-    parts = blobs.unflatten(1, (layout.shards, layout.shard_bytes))[:, low:high]
+    parts = blobs[:, : layout.shards * layout.shard_bytes].unflatten(
+        1, (layout.shards, layout.shard_bytes)
+    )[:, low:high]
     ups = parts[..., : layout.down_at].unflatten(-1, (-1, matrices, layout.up_block))
     down_end = layout.down_at + tall * layout.down_block
     downs = parts[..., layout.down_at : down_end].unflatten(-1, (tall, layout.down_block))
@@ -172,51 +132,31 @@ def apply_gate(gate: Gate, g: Tensor, u: Tensor) -> Tensor:
     return acts[gate.kind](g) * u
 
 
-def _run_batch(layer: Layer, batch: Batch) -> Tensor:
+def _run_batch(layer: Layer, batch: list[Run]) -> Tensor:
     """Weighted outputs [A, N, D] float32 of the batch's slots, N the pairs of the busiest."""
-    layout, device = layer.layout, layer.x.device
+    (fmt, layout, gate, blobs), device = layer.slots, layer.x.device
     pairs = _pair_table(batch, len(layer.token), device)  # [A, N]
-    blobs = _rows(layer.blobs, batch.slots)
-    low, high = batch.shards
-    experts = unpack(layer.fmt, layout, blobs, low, high, layer.dtype)
+    packed = _rows(blobs, [run.slot for run in batch])
+    experts = unpack(fmt, layout, packed, batch[0].low, batch[0].high, layer.dtype)
     x = layer.x[layer.token[pairs]]  # [A, N, D]
     up = torch.bmm(x, experts.up.flatten(1, 2).transpose(1, 2)).float()  # [A, N, M * F]
     up = up.unflatten(2, (layout.matrices, -1))
     if experts.up_bias is not None:
         up = up + experts.up_bias[:, None]
     second = up[:, :, 1] if layout.matrices == 2 else torch.ones_like(up[:, :, 0])
-    h = apply_gate(layer.gate, up[:, :, 0], second)  # [A, N, F]
-    bias = experts.down_bias
-    if layer.masks is not None:
-        limits = _rows(layer.masks, batch.slots)
-        h, bias = _mask(layout, h, bias, limits[:, :1], limits[:, 1:])
+    h = apply_gate(gate, up[:, :, 0], second)  # [A, N, F]
     y = torch.bmm(h.to(layer.dtype), experts.down.transpose(1, 2)).float()  # [A, N, D]
-    if bias is not None:
-        y = y + bias[:, None]
+    if experts.down_bias is not None:
+        y = y + experts.down_bias[:, None]
     return y * layer.weight[pairs][..., None]
 
 
-def _on_host(tensor: Tensor) -> bool:
-    """Whether reading a tensor stalls no device."""
-    return tensor.device.type == "cpu"
-
-
-def _mask(
-    layout: Layout, h: Tensor, bias: Tensor | None, low: Tensor, high: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """h [A, N, F] and the down bias without the shards outside [low, high), both [A, 1]."""
-    shard = torch.arange(h.shape[2], device=h.device) // layout.width
-    kept = (shard >= low) & (shard < high)  # [A, F]
-    h = h.masked_fill(~kept[:, None], 0)  # not a product: 0 times inf is NaN
-    return h, None if bias is None else bias.masked_fill((low > 0) | (high < 1), 0)
-
-
-def _pair_table(batch: Batch, pairs: int, device: torch.device) -> Tensor:
+def _pair_table(batch: list[Run], pairs: int, device: torch.device) -> Tensor:
     """Pairs of each slot [A, N]; a slot with fewer pairs goes on with its neighbour's."""
-    most = max(batch.counts)
-    if len(batch.slots) == 1:
-        return torch.arange(batch.starts[0], batch.starts[0] + most, device=device)[None]
-    starts = torch.tensor(batch.starts, device=device)
+    most, start = max(run.count for run in batch), batch[0].start
+    if len(batch) == 1:
+        return torch.arange(start, start + most, device=device)[None]
+    starts = torch.tensor([run.start for run in batch], device=device)
     return (starts[:, None] + torch.arange(most, device=device)).clamp(max=pairs - 1)
 
 

@@ -9,10 +9,12 @@ from typing import NamedTuple
 import numpy as np
 
 from hybrimoe.errors import ConfigError, PolicyError
+from hybrimoe.policy.following import most_wanted
 from hybrimoe.policy.ranking import Books, Ranking, Static
 from hybrimoe.policy.routing import Load
 from hybrimoe.policy.slots import (
     claim,
+    claim_copies,
     claim_each,
     evict,
     hold_slots,
@@ -59,26 +61,45 @@ class Cache:
         staging: int = 2,
     ) -> None:
         _check(slots, layers, experts, top_k, staging)
-        self.ranking, self.slots, self.staging = ranking, min(slots, layers * experts), staging
+        self.ranking, self.staging = ranking, staging
         self.layers, self.experts = layers, experts
         self.books = Books(layers, experts, top_k)
-        self.slot: Array = np.full((layers, experts), -1, np.int32)
-        self.owner: Array = np.full((self.slots, 2), -1, np.int32)
-        self.occupied: Array = np.zeros(layers, np.int32)
-        total = self.slots + staging
-        self.references: Array = np.zeros(total, np.int32)
-        self.generation: Array = np.zeros(total, np.int64)
-        self.arrival: Array = np.zeros(total)
-        share = self.slots // layers
-        kept = 0 if ranking.frozen else int(FLOOR * share)
-        self.floor = max(min(top_k, share), kept) if floor is None else floor
-        self.quota = _equal(self.slots, layers, experts)
-        if ranking.shares == "frequency" and frequency is not None:
-            self.quota = quotas(frequency, self.slots)
+        self.generation: Array = np.zeros(0, np.int64)
+        self._least = floor
         self._by_layer = ranking.scope == "layer"
         self.crowded = False  # the latest load activated most experts of its layer
         self._within = self._by_layer
         self._staged = 0
+        self._lay_out(slots, frequency)
+
+    def _lay_out(self, slots: int, frequency: Array | None) -> None:
+        """An empty table of so many slots; stamps go on from where they were."""
+        layers, experts = self.layers, self.experts
+        self.slots = min(slots, layers * experts)
+        total, newest = self.slots + self.staging, int(self.generation.max(initial=-1))
+        self.slot: Array = np.full((layers, experts), -1, np.int32)
+        self.owner: Array = np.full((self.slots, 2), -1, np.int32)
+        self.occupied: Array = np.zeros(layers, np.int32)
+        self.references: Array = np.zeros(total, np.int32)
+        self.generation = np.full(total, newest + 1, np.int64)
+        self.arrival: Array = np.zeros(total)
+        self._share_out(frequency)
+
+    def _share_out(self, frequency: Array | None) -> None:
+        """What of the slots is each layer's own, by the rules of the ranking."""
+        ranking, share = self.ranking, self.slots // self.layers
+        kept = 0 if ranking.frozen else int(FLOOR * share)
+        self.floor = max(min(self.books.top_k, share), kept) if self._least is None else self._least
+        self.quota = _equal(self.slots, self.layers, self.experts)
+        if ranking.shares == "frequency" and frequency is not None:
+            self.quota = quotas(frequency, self.slots)
+
+    def rank_by(self, ranking: Ranking) -> None:
+        """From now on another ranking decides, with new books; who is resident stays."""
+        self.ranking, self.books = ranking, Books(self.layers, self.experts, self.books.top_k)
+        self._by_layer = ranking.scope == "layer"
+        self._within = self._by_layer or self.crowded
+        self._share_out(None)
 
     def resident(self, layer: int) -> Array:
         """[E] bool: has a slot, be it still on the wire."""
@@ -87,7 +108,8 @@ class Cache:
 
     def ready(self, layer: int, experts: Array, now: float = 0.0) -> Array:
         """[A] seconds from now until each expert is on the GPU: 0 resident, inf absent."""
-        times: Array = ready_times(self.slot[layer], self.arrival, experts, now)
+        times: Array = np.empty(experts.size)
+        ready_times(self.slot, self.arrival, layer, experts, now, times)
         return times
 
     def observe(self, load: Load) -> None:
@@ -142,22 +164,33 @@ class Cache:
         keep: Array | list[int] | None = None,
         now: float = 0.0,
         force: bool = False,
+        anywhere: bool = False,
     ) -> Move | None:
         """Give an absent expert a slot, or None where no slot is to be had or it is not worth one.
 
-        force: ask only for a slot, not whether the ranking prefers the newcomer.
+        force: ask only for a slot, not whether the ranking prefers the newcomer. anywhere: take it
+        from any layer, even from one at its floor.
         """
         if self.slot[layer, expert] >= 0 or (self.ranking.frozen and not force):
             return None
         slot, generation, *victim = claim(
             self.ranking.worth(self.books),
             *(self.owner, self.references, self.arrival, self.occupied, self.quota),
-            *(self.floor, self._within, layer, _kept(keep), now),
+            *(0 if anywhere else self.floor, self._within and not anywhere, layer, _kept(keep), now),
             *(self.slot, self.generation, expert, self.ranking.admission and not force),
         )
         if slot < 0:
             return None
         return Move(layer, expert, slot, generation, victim=(victim[0], victim[1]))
+
+    def admit_best(self, layer: int, window: int, now: float) -> Move | None:
+        """`admit` for the best swap in a layer or the `window` - 1 before it, None for no gain."""
+        if self.ranking.frozen:
+            return None
+        worth = self.ranking.worth(self.books)
+        table = (self.slot, self.owner, self.references, self.arrival)
+        where, expert = most_wanted(worth, *table, layer, window, now)
+        return None if where < 0 else self.admit(where, expert, None, now)
 
     def admit_each(
         self, layer: int, experts: Array, keep: Array, now: float, limit: int
@@ -165,16 +198,36 @@ class Cache:
         """`admit` for up to `limit` of the absent ones among these experts, worthiest first."""
         if self.ranking.frozen:
             return []
-        claims = claim_each(
+        claims: Array = np.empty((experts.size, 5), np.int64)
+        count = claim_each(
             self.ranking.worth(self.books),
             *(self.owner, self.references, self.arrival, self.occupied, self.quota),
             *(self.floor, self._within, layer, keep, now),
-            *(self.slot, self.generation, experts, limit, self.ranking.admission),
+            *(self.slot, self.generation, experts, limit, self.ranking.admission, claims),
         )
         return [
             Move(layer, expert, slot, generation, 0, -1, (victim_layer, victim))
-            for expert, slot, generation, victim_layer, victim in claims.tolist()
+            for expert, slot, generation, victim_layer, victim in claims[:count].tolist()
         ]
+
+    def admit_copies(
+        self, load: Load, copies: Array, share: Array, shards: int, now: float, least: int = 0
+    ) -> list[list[int]]:
+        """`admit` for the absent experts a plan copies, worthiest first, in the plan's order.
+
+        share [A]: how many of an expert's `shards` are copied; with fewer than `least` it does not
+        stay. Of each copy [expert, shards, slot, stamp, victim's layer, victim], slot -1 for none.
+        """
+        rows: Array = np.empty((copies.size, 6), np.int64)
+        rows[:, 0] = copies
+        least = shards + 1 if self.ranking.frozen else least
+        claim_copies(
+            self.ranking.worth(self.books),
+            *(self.owner, self.references, self.arrival, self.occupied, self.quota),
+            *(self.floor, self._within, load.layer, load.experts, now),
+            *(self.slot, self.generation, share, shards, least, self.ranking.admission, rows),
+        )
+        return rows.tolist()
 
     def stage(self, layer: int, expert: int) -> Move:
         """A passing slot for an expert that is used once; they are taken in turn."""
@@ -189,8 +242,8 @@ class Cache:
 
     def hold(self, layer: int, experts: Array) -> Array:
         """Mark the slots of some experts as in use; returns them for `release`."""
-        slots: Array = hold_slots(self.slot[layer], experts, self.references)
-        return slots
+        slots: Array = np.empty(experts.size, np.int64)
+        return slots[: hold_slots(self.slot, layer, experts, self.references, slots)]
 
     def release(self, slots: Array) -> None:
         """The reverse of `hold`."""
@@ -209,6 +262,17 @@ class Cache:
         self.arrival[slot] = 0.0
         self.generation[slot] += 1
         self.occupied[layer] -= 1
+
+    def resize(self, slots: int) -> list[Move]:
+        """Start again with so many slots: nothing is in use, and the worthiest experts return.
+
+        What was observed is kept. Every stamp is newer than those before, so that a copy ordered
+        earlier is known to be stale. Returns what to copy.
+        """
+        _check(slots, self.layers, self.experts, self.books.top_k, self.staging)
+        worth = np.asarray(self.ranking.worth(self.books), np.float64)
+        self._lay_out(slots, self.books.count if self.books.tick else None)
+        return self.fill(worth)
 
     def fill(self, frequency: Array | None = None) -> list[Move]:
         """Take the empty slots for the most frequent experts [L, E], and say what to copy."""

@@ -1,22 +1,28 @@
 """One layer step: plan, observe, admit, run, prefetch. The same for a real model and a replay."""
 
+import dataclasses
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from numba import njit
 
+from hybrimoe.errors import PolicyError
 from hybrimoe.policy.cache import Cache, Move
+from hybrimoe.policy.checking import checked_prefetcher, checked_ranking, checked_scheduler
 from hybrimoe.policy.cost import CostModel
+from hybrimoe.policy.following import by_worth
 from hybrimoe.policy.forecaster import Markov, Trust
 from hybrimoe.policy.prefetcher import Prefetcher
 from hybrimoe.policy.ranking import Ranking
 from hybrimoe.policy.routing import Forecast, Load
 from hybrimoe.policy.scheduler import Plan, Scheduler, validate
+from hybrimoe.policy.slots import tally
 from hybrimoe.policy.timeline import Array, Lane, Timeline
 
 LINK = int(Lane.LINK)
+RECENT = 8  # layers whose absent experts are candidates for the link's idle time
 
 
 class Executor(Protocol):
@@ -51,6 +57,7 @@ class Engine:
     """Takes one layer after another through its policies and an executor.
 
     forecaster: makes the forecasts of layers for which the caller has none.
+    fallback: whose policy takes over from one that fails; without it a failure is an error.
     piece_s: background copies go in runs of shards of about this long, so that a copy the next
         layer waits for is never held up for longer.
     backlog: with so many copies unfinished, a divided expert passes through instead of staying.
@@ -65,75 +72,157 @@ class Engine:
         *,
         timeline: Timeline | None = None,
         forecaster: Markov | None = None,
+        fallback: Policies | None = None,
         piece_s: float = 150e-6,
         backlog: int = 2,
     ) -> None:
-        self.policies, self.cache, self.cost, self.executor = policies, cache, cost, executor
+        self.policies, self.fallback = _checked(policies), fallback
+        self.cache, self.cost, self.executor = cache, cost, executor
+        cache.ranking = self.policies.ranking
+        self.replaced: dict[str, str] = {}  # kind of a policy that failed, and how it did
         self.timeline = Timeline() if timeline is None else timeline
         self.depth = policies.prefetcher.depth
         self.forecaster = forecaster if self.depth else None
         self.trust = Trust(max(self.depth, 1))
         self.hits = self.misses = self.late = 0
+        self.prefetched = self.prefetches_used = 0
+        self._unused: dict[int, int] = {}  # slot and stamp of prefetched experts not yet asked for
         shard_s = cost.link(cost.expert_bytes) / cost.shards
         self.piece = min(max(round(piece_s / shard_s), 1), cost.shards)
         self.backlog = backlog
         self._pending: list[Move] = []  # slots claimed in the background, and what they still lack
         self._period = 0.0  # seconds from one layer's start to the next, as last seen
         self._started = 0.0
+        self._gap = 0.0  # seconds from the end of a layer's experts to the start of the next one's
+        self._ended = 0.0
+        self._half_piece_s = self.piece * shard_s / 2
 
     def step(self, load: Load, forecasts: Sequence[Forecast] = ()) -> Plan:
         """Run one layer that starts at `timeline.now`."""
-        timeline, cache, cost = self.timeline, self.cache, self.cost
-        now = timeline.now
+        cache, now = self.cache, self.timeline.now
         ready = cache.ready(load.layer, load.experts, now)
         self._count(load.layer, ready, now)
+        if self._unused:
+            self._count_used(load, ready)
+        try:
+            load = self._observe(load, ready)
+        except PolicyError as error:
+            self._replace(error)
+            load = self._observe(load, ready)
+        return self._carry_out(load, ready, forecasts)
+
+    def _observe(self, load: Load, ready: Array) -> Load:
+        """Learn from a load; where not every copy stays, put its worthiest experts first."""
+        cache = self.cache
         cache.observe(load)
-        scheduler = self.policies.scheduler
-        plan = scheduler.plan(load, ready, timeline, cost)
-        validate(plan, load, ready, cost.shards, type(scheduler).__name__)
+        if not cache.ranking.admission or cache.crowded or load.experts.size < 2:
+            return load
+        worth = cache.ranking.worth(cache.books)
+        experts, tokens = by_worth(worth, load.layer, load.experts, load.tokens, ready)
+        return Load(load.layer, experts, tokens, load.scores)
+
+    def again(self, load: Load) -> Plan:
+        """Plan and run a load once more that `step` observed but could not run to its end."""
+        ready = self.cache.ready(load.layer, load.experts, self.timeline.now)
+        return self._carry_out(load, ready, ())
+
+    def abandon(self) -> None:
+        """After a failure: nothing is pending any more, and no lane is busy."""
+        self._pending.clear()
+        self.timeline.free[:] = self.timeline.now
+
+    def resize(self, slots: int) -> list[Move]:
+        """`Cache.resize`, whose order of residents is a policy's to say."""
+        try:
+            return self.cache.resize(slots)
+        except PolicyError as error:
+            self._replace(error)
+            return self.cache.resize(slots)
+
+    def _carry_out(self, load: Load, ready: Array, forecasts: Sequence[Forecast]) -> Plan:
+        timeline, cache = self.timeline, self.cache
+        plan = self._plan(load, ready)
         moves = self._place(load, plan) if plan.copies.size else []
         held = cache.hold(load.layer, plan.gpu)
-        self.executor.run(load, plan, ready, moves, timeline)
-        self._background(load, plan, forecasts)
-        self.executor.join(timeline)
-        cache.release(held)
+        try:
+            self.executor.run(load, plan, ready, moves, timeline)
+            self._background(load, plan, forecasts)
+            self.executor.join(timeline)
+        finally:
+            cache.release(held)
+        self._ended = timeline.now
         return plan
 
+    def _plan(self, load: Load, ready: Array) -> Plan:
+        scheduler, cost = self.policies.scheduler, self.cost
+        try:
+            plan = scheduler.plan(load, ready, self.timeline, cost)
+        except PolicyError as error:
+            self._replace(error)
+            return self._plan(load, ready)
+        validate(plan, load, ready, cost.shards, type(scheduler).__name__)
+        return plan
+
+    def _replace(self, error: PolicyError) -> None:
+        """Let the fallback's policy take over from the one that failed; raise if there is none."""
+        kind = error.kind
+        if self.fallback is None or not kind or kind in self.replaced:
+            raise error
+        successor = getattr(self.fallback, kind)
+        self.policies = dataclasses.replace(self.policies, **{kind: successor})
+        self.replaced[kind] = str(error)
+        if kind == "ranking":
+            self.cache.rank_by(self.policies.ranking)
+        elif kind == "prefetcher":
+            self.depth = self.policies.prefetcher.depth
+        warnings.warn(
+            f"{error}; {type(successor).__name__} takes its place", RuntimeWarning, stacklevel=4
+        )
+
     def _count(self, layer: int, ready: Array, now: float) -> None:
-        here, absent = _tally(ready)
+        here, absent = tally(ready)
         self.hits += here
         self.misses += absent
         self.late += ready.size - here - absent
+        if layer:
+            self._gap = now - self._ended
         if layer == 1:
             self._period = now - self._started
         elif layer == 0:
             self._started = now
 
+    def _count_used(self, load: Load, ready: Array) -> None:
+        """Count prefetched experts that are asked for while they are there or on the wire."""
+        cache = self.cache
+        for expert in load.experts[ready < np.inf].tolist():
+            slot = cache.slot.item(load.layer, expert)
+            stamp = self._unused.pop(slot, None)
+            self.prefetches_used += stamp == cache.generation.item(slot)
+
     def _place(self, load: Load, plan: Plan) -> list[Move]:
         """A slot for each expert the plan copies: one that stays, or one to pass through."""
-        moves, cache, shards = [], self.cache, self.cost.shards
-        layer, now = load.layer, self.timeline.now
-        share = dict(zip(load.experts.tolist(), plan.shards.tolist()))
-        copies = wanted = plan.copies
-        if len(self._pending) >= self.backlog:  # a slot that waits for its rest serves nobody
-            whole = [e for e in copies.tolist() if share[e] == shards]
-            wanted = np.array(whole, np.int32)
-        staying = {
-            move.expert: move
-            for move in cache.admit_each(layer, wanted, load.experts, now, wanted.size)
-        }
-        for expert in copies.tolist():
-            move = staying.get(expert) or self._claimed(layer, expert)
-            part = share[expert]
-            if move is None:
-                move = cache.stage(layer, expert)
-            elif part < shards:  # what is left follows, as the expert is to stay
-                cache.arrival[move.slot] = np.inf
-                rest = Move(layer, expert, move.slot, move.generation, part, shards, move.victim)
-                self._pending.insert(0, rest)
-            else:
-                cache.arrival[move.slot] = now
-            moves.append(Move(layer, expert, move.slot, move.generation, 0, part, move.victim))
+        cache, shards, layer, now = self.cache, self.cost.shards, load.layer, self.timeline.now
+        pending = self._pending
+        # A slot that waits for its rest serves nobody.
+        least = shards if len(pending) >= self.backlog else 0
+        wanted = (load, plan.copies, plan.shards, shards, now, least)
+        try:
+            rows = cache.admit_copies(*wanted)
+        except PolicyError as error:  # of its ranking, before any slot has changed
+            self._replace(error)
+            rows = cache.admit_copies(*wanted)
+        moves = []
+        for expert, part, slot, generation, layer_before, before in rows:
+            victim = layer_before, before
+            if slot < 0 and pending and (claimed := self._claimed(layer, expert)):
+                slot, generation, victim = claimed.slot, claimed.generation, claimed.victim
+                cache.arrival[slot] = now if part == shards else np.inf
+            elif slot < 0:
+                slot, generation = cache.stage(layer, expert)[2:4]
+            if part < shards and slot < cache.slots:  # what is left follows, as it is to stay
+                rest = Move(layer, expert, slot, generation, part, shards, victim)
+                pending.insert(0, rest)
+            moves.append(Move(layer, expert, slot, generation, 0, part, victim))
         return moves
 
     def _claimed(self, layer: int, expert: int) -> Move | None:
@@ -145,20 +234,29 @@ class Engine:
 
     def _background(self, load: Load, plan: Plan, forecasts: Sequence[Forecast]) -> None:
         """Use the link for as long as nothing that a layer waits for does."""
-        timeline = self.timeline
-        idle = timeline.now + plan.makespan
-        following = max(idle, timeline.now + self._period)
-        seen = self._forecasts(load, forecasts, following) if self.depth else []
-        self._send(idle)
-        if self.cache.ranking.backfill and plan.cpu.size and timeline.free[LINK] < idle:
-            self._backfill(load, plan, idle)
-        if seen and timeline.free[LINK] < idle:
-            self._prefetch(seen, idle)
+        seen = self._look_ahead(load, forecasts) if self.depth else ()
+        # Until the next layer's experts start nothing waits for the link; half a piece may run over.
+        slack = max(self._gap - self._half_piece_s, 0.0)
+        self._fill_link(load, plan, seen, self.timeline.now + plan.makespan + slack)
+
+    def _fill_link(self, load: Load, plan: Plan, seen: Sequence[Forecast], idle: float) -> None:
+        """What waits for its rest, then what missed, then what will probably be asked for."""
+        free = self.timeline.free
+        try:
+            if self._pending:
+                self._send(idle)
+            if self.cache.ranking.backfill and free.item(LINK) < idle:
+                self._backfill(load, plan, idle)
+            if seen and free.item(LINK) < idle:
+                self._prefetch(seen, idle)
+        except PolicyError as error:
+            self._replace(error)
+            self._fill_link(load, plan, seen[: self.depth], idle)
 
     def _send(self, idle: float) -> None:
         """Copy what is pending, piece by piece, as far as it starts before `idle` ends."""
         pending, timeline, shards = self._pending, self.timeline, self.cost.shards
-        while pending and timeline.free[LINK] < idle:
+        while pending and timeline.free.item(LINK) < idle:
             move = pending[0]
             layer, expert, slot, generation, first, _, victim = move
             if self.cache.generation[slot] != generation:
@@ -179,53 +277,68 @@ class Engine:
         self._send(idle)
 
     def _backfill(self, load: Load, plan: Plan, idle: float) -> None:
-        """Copy experts that missed and ran on the CPU, the worthiest first."""
-        cache, timeline = self.cache, self.timeline
-        while timeline.free[LINK] < idle:
-            moves = cache.admit_each(load.layer, plan.cpu, load.experts, timeline.now, 1)
-            if not moves:
-                return
-            self._enqueue(moves[0], idle)
+        """Copy absent experts that are worth more than residents, the best swap first.
 
-    def _prefetch(self, seen: list[Forecast], idle: float) -> None:
+        A prompt is not followed by its like: of its experts those are copied that missed.
+        """
+        cache, timeline = self.cache, self.timeline
+        while timeline.free.item(LINK) < idle:
+            if cache.crowded:
+                moves = cache.admit_each(load.layer, plan.cpu, load.experts, timeline.now, 1)
+                move = moves[0] if moves else None
+            else:
+                move = cache.admit_best(load.layer, RECENT, timeline.now)
+            if move is None:
+                return
+            self._enqueue(move, idle)
+
+    def _prefetch(self, seen: Sequence[Forecast], idle: float) -> None:
         timeline, cache, policies = self.timeline, self.cache, self.policies
-        ahead = timeline.fork()
+        seen, ahead = self._trusted(seen, idle), timeline.fork()
         ahead.now = seen[0].start
         wanted = policies.prefetcher.wanted(seen, cache, policies.scheduler, ahead, self.cost)
         for layer, expert in wanted:
             keep = next(f.experts for f in seen if f.layer == layer)
             move = cache.admit(layer, expert, keep, timeline.now, force=True)
             if move is not None:
+                self.prefetched += 1
+                self._unused[move.slot] = move.generation
                 self._enqueue(move, idle)
-            if timeline.free[LINK] >= idle:
+            if timeline.free.item(LINK) >= idle:
                 return
 
-    def _forecasts(self, load: Load, given: Sequence[Forecast], following: float) -> list[Forecast]:
-        """Forecasts as far as they can be trusted, with the time their layers will start."""
+    def _look_ahead(self, load: Load, given: Sequence[Forecast]) -> Sequence[Forecast]:
+        """What later layers will ask for, and the books of how far that comes true."""
         trust, forecaster = self.trust, self.forecaster
         trust.settle(load)
         if forecaster is not None:
             forecaster.observe(load)
             if not (given or self.cache.crowded):  # ids of single tokens say little of a prompt
                 given = forecaster.forecast(load.layer)
-        seen = list(given[: self.depth])
+        seen = given[: self.depth]
         trust.expect(load.layer, seen)
+        return seen
+
+    def _trusted(self, seen: Sequence[Forecast], idle: float) -> list[Forecast]:
+        """Forecasts as far as they can be trusted, with the time their layers will start."""
+        trust, period = self.trust, self._period
+        following = max(idle, self.timeline.now + period)
         return [
             Forecast(
                 forecast.layer,
                 forecast.experts,
                 forecast.tokens,
                 forecast.probability * min(trust.factor(d), 1.0),  # a share is never above one
-                following + d * self._period,
+                following + d * period,
             )
             for d, forecast in enumerate(seen)
         ]
 
 
-@njit(cache=True)
-def _tally(ready: Array) -> tuple[int, int]:
-    here = absent = 0
-    for r in ready:
-        here += r == 0.0
-        absent += r == np.inf
-    return here, absent
+def _checked(policies: Policies) -> Policies:
+    """The same policies, those that are not the library's own behind checks."""
+    return Policies(
+        checked_scheduler(policies.scheduler),
+        checked_ranking(policies.ranking),
+        checked_prefetcher(policies.prefetcher),
+    )

@@ -1,9 +1,11 @@
 """What later layers will ask for, learnt from expert ids where no router can be run early."""
 
+from collections.abc import Sequence
+
 import numpy as np
-from numba import njit
 
 from hybrimoe.errors import ConfigError
+from hybrimoe.policy.jit import compiled
 from hybrimoe.policy.routing import Forecast, Load
 from hybrimoe.policy.timeline import Array
 
@@ -42,6 +44,8 @@ class Markov:
         self.ahead: Array = np.full((depth, layers, experts, experts), start, np.float32)
         self.again: Array = np.full((layers, experts, experts), start, np.float32)
         self.seen: Array = np.zeros((layers, experts), np.int32)  # of the latest step
+        self._single: Array = np.ones(self.width, np.int32)  # tokens of every forecast
+        self._score: Array = np.empty(experts)
 
     def observe(self, load: Load) -> None:
         """Learn from one layer; layers come in order."""
@@ -52,11 +56,12 @@ class Markov:
         found = []
         for d in range(min(self.depth, self.layers - 1 - layer)):
             target = layer + 1 + d
-            experts, probability = _forecast(
-                *(self.ahead[d, target], self.again[target]),
-                *(self.seen[layer], self.seen[target], self.width, self.across, self.top_k),
+            experts, probability = np.empty(self.width, np.int32), np.empty(self.width)
+            _forecast(
+                *(self.ahead, self.again, self.seen, d, layer, self.across, self.top_k),
+                *(self._score, experts, probability),
             )
-            found.append(Forecast(target, experts, np.ones(experts.size, np.int32), probability))
+            found.append(Forecast(target, experts, self._single, probability))
         return found
 
 
@@ -71,7 +76,7 @@ class Trust:
         self.found: Array = np.full(depth, 1e-3)
         self._pending: dict[int, list[tuple[int, Forecast]]] = {}
 
-    def expect(self, layer: int, forecasts: list[Forecast]) -> None:
+    def expect(self, layer: int, forecasts: Sequence[Forecast]) -> None:
         """Remember what was forecast at `layer` until its target runs."""
         for forecast in forecasts:
             ahead = forecast.layer - layer - 1
@@ -88,10 +93,10 @@ class Trust:
 
     def factor(self, ahead: int) -> float:
         """What to multiply a probability by, `ahead` + 1 layers before its target."""
-        return float(self.found[ahead] / self.expected[ahead])
+        return float(self.found.item(ahead) / self.expected.item(ahead))
 
 
-@njit(cache=True)
+@compiled
 def _learn(
     ahead: Array, again: Array, seen: Array, layer: int, experts: Array, rate: float
 ) -> None:
@@ -103,7 +108,7 @@ def _learn(
         seen[layer, e] = 1
 
 
-@njit(cache=True)
+@compiled
 def _move(table: Array, given: Array, experts: Array, rate: float) -> None:
     """Move the rows of the given experts towards what was activated."""
     for e in range(given.size):
@@ -114,39 +119,41 @@ def _move(table: Array, given: Array, experts: Array, rate: float) -> None:
                 table[e, f] += rate
 
 
-@njit(cache=True)
+@compiled
 def _forecast(
     ahead: Array,
     again: Array,
-    here: Array,
-    before: Array,
-    width: int,
+    seen: Array,
+    d: int,
+    layer: int,
     across: float,
     top_k: int,
-) -> tuple[Array, Array]:
-    count = here.size
-    score = np.zeros(count)
+    score: Array,
+    experts: Array,
+    probability: Array,
+) -> None:
+    """Fill experts [W] and probability [W]: what layer + 1 + d will use, the most probable first."""
+    target, count = layer + 1 + d, score.size
+    here, before = seen[layer], seen[target]
+    score[:] = 0.0
     near, late = max(here.sum(), 1), max(before.sum(), 1)
     for e in range(count):
         if here[e] > 0:
             for f in range(count):
-                score[f] += across / near * np.sqrt(ahead[e, f])
+                score[f] += across / near * np.sqrt(ahead[d, target, e, f])
         if before[e] > 0:
             for f in range(count):
-                score[f] += (1.0 - across) / late * np.sqrt(again[e, f])
+                score[f] += (1.0 - across) / late * np.sqrt(again[target, e, f])
     score *= score * score  # averaging flattens the scores; cubes come true as probabilities
-    experts = np.empty(width, np.int32)
-    probability = np.empty(width)
     scale = top_k / max(score.sum(), 1e-9)  # top_k experts will be activated, whatever the scores
-    for k in range(width):
+    for k in range(experts.size):
         best = np.argmax(score)
         experts[k] = best
         probability[k] = min(score[best] * scale, CAP)
         score[best] = -1.0
-    return experts, probability
 
 
-@njit(cache=True)
+@compiled
 def _settle(
     expected: Array, found: Array, ahead: int, experts: Array, probability: Array, real: Array
 ) -> None:

@@ -3,19 +3,21 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 import numpy as np
-from numba import njit
 
 from hybrimoe.errors import ConfigError
 from hybrimoe.policy.cache import Cache
 from hybrimoe.policy.cost import CostModel
+from hybrimoe.policy.jit import compiled
 from hybrimoe.policy.routing import Forecast, Load
 from hybrimoe.policy.scheduler import Scheduler
 from hybrimoe.policy.timeline import Array, Lane, Timeline
 
 LINK = int(Lane.LINK)
 NO_SCORES = np.zeros(0, np.float32)
+FIRST = itemgetter(0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +110,7 @@ class Impact(Prefetcher):
         cost: CostModel,
     ) -> list[tuple[int, int]]:
         found: list[tuple[float, int, int]] = []
-        landed = max(float(timeline.free[LINK]), timeline.now) + cost.load_s
+        landed = max(timeline.free.item(LINK), timeline.now) + cost.load_s
         then = Timeline()
         for forecast in forecasts:
             layer, experts = forecast.layer, forecast.experts
@@ -119,8 +121,8 @@ class Impact(Prefetcher):
             load = Load(layer, experts, forecast.tokens, NO_SCORES)
             gains = scheduler.gains(load, ready, then, cost, max(landed - start, 0.0))
             value = self._value(forecast, gains, ready, cache, timeline, cost)
-            found += [(v, layer, e) for v, e in zip(value.tolist(), experts.tolist()) if v > 0]
-        found.sort(key=lambda item: -item[0])
+            found += [(-v, layer, e) for v, e in zip(value.tolist(), experts.tolist()) if v > 0]
+        found.sort(key=FIRST)  # the order of equals stays: the nearer layer, the more probable
         return [(layer, expert) for _, layer, expert in found]
 
     def _value(
@@ -139,11 +141,12 @@ class Impact(Prefetcher):
             if slot < 0:
                 return np.zeros(experts.size)
             lost, horizon, price = cache.rate_in(slot), self.horizon, cost.contention_s
-        value: Array = net(gains, chance, ready, rate[layer], experts, lost, horizon, price)
+        value = np.empty(experts.size)
+        net(gains, chance, ready, rate, layer, experts, lost, horizon, price, value)
         return value
 
 
-@njit(cache=True)
+@compiled
 def has_absent(ready: Array) -> bool:
     """Whether any expert has no slot."""
     for r in ready:  # noqa: SIM110 (compiled: a generator would be slower)
@@ -152,21 +155,22 @@ def has_absent(ready: Array) -> bool:
     return False
 
 
-@njit(cache=True)
+@compiled
 def net(
     gains: Array,
     chance: Array,
     ready: Array,
     rate: Array,
+    layer: int,
     experts: Array,
     lost: float,
     horizon: float,
     price: float,
-) -> Array:
-    """What a copy of each expert is worth in expected seconds, 0 for those that have a slot."""
-    value = np.zeros(experts.size)
+    value: Array,
+) -> None:
+    """value [A] = expected seconds that a copy of each expert saves, 0 for those with a slot."""
     for i in range(experts.size):
+        value[i] = 0.0
         if ready[i] == np.inf:
-            used = chance[i] + (horizon - 1.0) * rate[experts[i]] - horizon * lost
+            used = chance[i] + (horizon - 1.0) * rate[layer, experts[i]] - horizon * lost
             value[i] = gains[i] * used - price
-    return value

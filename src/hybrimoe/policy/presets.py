@@ -3,13 +3,13 @@
 from hybrimoe.errors import ConfigError
 from hybrimoe.policy.engine import Policies
 from hybrimoe.policy.prefetcher import Impact, Never, NextLayer
-from hybrimoe.policy.ranking import LRU, MRS, Static
+from hybrimoe.policy.ranking import LRU, MRS, NextToken, Static
 from hybrimoe.policy.scheduler import CpuOnly, Fiddler, Hybrid, LayerWise, OnDemand, Split
 from hybrimoe.policy.scheduler import Static as Resident
 
 PRESETS: dict[str, Policies] = {
     "hybrimoe": Policies(
-        Split(), MRS(alpha=0.1, scope="model", admission=True, backfill=True), Impact()
+        Split(), NextToken(scope="model", admission=True, backfill=True), Impact()
     ),
     "hybrimoe-paper": Policies(Hybrid(), MRS(alpha=0.5), Impact(depth=3, gated=False)),
     "ktransformers": Policies(Resident(), Static(), Never()),

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from hybrimoe.errors import ConfigError, PolicyError
+from hybrimoe.policy.following import blend, follow
 from hybrimoe.policy.routing import Load, RoutingTrace
 from hybrimoe.policy.slots import top_p_update
 from hybrimoe.policy.timeline import Array
@@ -20,6 +21,7 @@ class Books:
     count [L, E] tokens seen. last, previous [L, E] the ticks of the two latest uses, -1 for never.
     rate [L, E] share of recent steps that used the expert. score [L, E] belongs to the ranking.
     steps [L] loads observed; tick counts them over all layers.
+    recent [L, E], follows [L, E, E] and seen [L, E] are there for rankings that ask for them.
     """
 
     def __init__(self, layers: int, experts: int, top_k: int) -> None:
@@ -32,6 +34,17 @@ class Books:
         self.previous: Array = np.full(shape, -1.0)
         self.rate: Array = np.full(shape, min(top_k / experts, 1.0))
         self.score: Array = np.zeros(shape)
+        self.recent: Array = np.zeros((0, 0))
+        self.follows: Array = np.zeros((0, 0, 0), np.float32)
+        self.seen: Array = np.zeros((0, 0), np.int8)
+
+    def learn_successors(self) -> None:
+        """Make room for what follows what, once: no expert is likelier than another to begin with."""
+        layers, experts = self.score.shape
+        self.recent = np.zeros_like(self.score)
+        start = min(self.top_k / experts, 1.0)
+        self.follows = np.full((layers, experts, experts), start, np.float32)
+        self.seen = np.zeros((layers, experts), np.int8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +101,41 @@ class MRS(Ranking):
         kept = 2 * books.top_k if self.p is None else self.p
         tokens = load.tokens
         top_p_update(books.score, load.layer, load.scores, tokens, books.top_k, kept, self.alpha)
+
+    def worth(self, books: Books) -> Array:
+        return books.score
+
+
+@dataclass(frozen=True)
+class NextToken(Ranking):
+    """Keeps the experts that the next tokens will probably use.
+
+    Worth is MRS plus `weight` times P(expert | the experts of this token), from a table learnt as a
+    moving average: which experts follow which tells more than how often each was used.
+    alpha, p: as in MRS. rate: weight of the newest token in the table.
+    """
+
+    alpha: float = 0.15
+    p: int | None = None
+    rate: float = 0.05
+    weight: float = 0.7
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        MRS(alpha=self.alpha, p=self.p)  # the same rules
+        if not 0 < self.rate <= 1:
+            raise ConfigError(f"rate must lie in (0, 1], got {self.rate}")
+        if not 0 <= self.weight < np.inf:
+            raise ConfigError(f"weight must be at least 0 and finite, got {self.weight}")
+
+    def observe(self, books: Books, load: Load) -> None:
+        if not books.recent.size:
+            books.learn_successors()
+        kept = 2 * books.top_k if self.p is None else self.p
+        layer, experts, tokens, top_k = load.layer, load.experts, load.tokens, books.top_k
+        top_p_update(books.recent, layer, load.scores, tokens, top_k, kept, self.alpha)
+        follow(books.follows, books.seen, layer, experts, tokens, top_k, self.rate)
+        blend(books.score, books.recent, books.follows, layer, experts, tokens, float(self.weight))
 
     def worth(self, books: Books) -> Array:
         return books.score

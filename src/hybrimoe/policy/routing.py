@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 
 from hybrimoe.errors import TraceError
 from hybrimoe.policy.cost import write_atomically
+from hybrimoe.policy.jit import compiled
 from hybrimoe.policy.timeline import Array
 
 VERSION = 1
@@ -216,7 +216,7 @@ def _dense(layer: int, counts: Array, scores: Array) -> Load:
     return Load(layer, experts, counts[experts].astype(np.int32), scores)
 
 
-@njit(cache=True)
+@compiled
 def _totals(ids: Array, scores: Array, top_k: int, experts: int) -> tuple[Array, Array]:
     """[L, E] tokens per expert and [L, E] summed scores of some rows."""
     counts = np.zeros((ids.shape[1], experts), np.int32)
@@ -229,7 +229,7 @@ def _totals(ids: Array, scores: Array, top_k: int, experts: int) -> tuple[Array,
     return counts, total
 
 
-@njit(cache=True)
+@compiled
 def _count(ids: Array, top_k: int, experts: int) -> Array:
     counts = np.zeros((ids.shape[1], experts), np.int64)
     for n in range(ids.shape[0]):

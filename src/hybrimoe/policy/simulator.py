@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from hybrimoe.errors import ConfigError, ProfileError
 from hybrimoe.policy.cache import Cache, Move
@@ -12,6 +11,7 @@ from hybrimoe.policy.cost import SHARDS, CostModel
 from hybrimoe.policy.drawing import draw, draw_copy, draw_cpu
 from hybrimoe.policy.engine import Engine, Policies
 from hybrimoe.policy.forecaster import Markov
+from hybrimoe.policy.jit import compiled
 from hybrimoe.policy.planning import by_tokens, cpu_end, ends, gpu_s
 from hybrimoe.policy.prefetcher import Prefetcher
 from hybrimoe.policy.presets import preset as named
@@ -21,6 +21,7 @@ from hybrimoe.policy.profiles import shape as shape_by_model
 from hybrimoe.policy.ranking import Ranking
 from hybrimoe.policy.routing import Load, RoutingTrace
 from hybrimoe.policy.scheduler import Plan, Scheduler
+from hybrimoe.policy.sizes import expert_budget
 from hybrimoe.policy.timeline import Array, Lane, Span, Timeline
 
 CPU, GPU, LINK, POLICY = (int(lane) for lane in Lane)  # indexing by the enum is slower
@@ -33,6 +34,8 @@ class Result:
     decode_s_per_token: mean seconds of a decode step. prefill_s: mean time to first token, None
     without prefill steps. hit_rate: share of activated experts that were resident when asked for;
     late_rate: share that was on the wire. uploads_per_token: copies of experts.
+    prefetches_per_token: those for layers still to come; prefetch_precision: the share of them that
+    was asked for while it was there or on the wire, None without prefetches.
     lanes: busy seconds per decode step by lane name; idle: the share of the time each lane was not.
     """
 
@@ -50,6 +53,8 @@ class Result:
     lanes: dict[str, float]
     idle: dict[str, float]
     spans: tuple[Span, ...] = ()
+    prefetches_per_token: float = 0.0
+    prefetch_precision: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the spans, for JSON."""
@@ -94,7 +99,7 @@ class SimExecutor:
         self._end, self._cpu = gpu, (start, alone, contended)
         self.busy[GPU] += _gpu_work(load.tokens, plan.shards, vector)
         if moves:
-            shards = int(plan.shards.sum(where=np.isinf(ready)))
+            shards = sum(move.last - move.first for move in moves)
             self.uploads += len(moves)
             self.link_bytes += self.cost.expert_bytes * shards // self.cost.shards
             self.busy[LINK] += link_end - max(link, now)
@@ -184,11 +189,12 @@ def _replay(
     """All steps through the engine; decode and prefill are counted apart."""
     timeline, cost = engine.timeline, engine.cost
     decode = prefill = 0.0
-    lanes, used, counted = np.zeros(len(Lane)), np.zeros(2), np.zeros(3)
+    lanes, used, counted, ahead = np.zeros(len(Lane)), np.zeros(2), np.zeros(3), np.zeros(2)
     for step in range(trace.steps):
         start, tokens = timeline.now, trace.tokens(step)
         busy, link = executor.busy.copy(), (executor.uploads, executor.link_bytes)
         hits = engine.hits, engine.misses, engine.late
+        fetched = engine.prefetched, engine.prefetches_used
         for load in trace.loads(step):
             executor.dense(load.layer, tokens, timeline)
             executor.policy(cost.plan_s, True, timeline)
@@ -202,7 +208,11 @@ def _replay(
         lanes += executor.busy - busy
         used += executor.uploads - link[0], executor.link_bytes - link[1]
         counted += engine.hits - hits[0], engine.misses - hits[1], engine.late - hits[2]
-    return {"decode": decode, "prefill": prefill, "lanes": lanes, "used": used, "hits": counted}
+        ahead += engine.prefetched - fetched[0], engine.prefetches_used - fetched[1]
+    return {
+        **{"decode": decode, "prefill": prefill, "lanes": lanes},
+        **{"used": used, "hits": counted, "ahead": ahead},
+    }
 
 
 def _result(
@@ -217,7 +227,7 @@ def _result(
     steps = trace.steps - prefills
     tokens = sum(trace.tokens(int(s)) for s in np.flatnonzero(~trace.prefill))
     asked, decode = max(totals["hits"].sum(), 1), totals["decode"]
-    lanes = totals["lanes"]
+    lanes, (ahead, useful) = totals["lanes"], totals["ahead"]
     return Result(
         preset=name,
         profile=machine,
@@ -233,6 +243,8 @@ def _result(
         lanes={lane.name: float(lanes[lane] / max(steps, 1)) for lane in Lane},
         idle={lane.name: 1 - float(lanes[lane]) / decode if decode else 1.0 for lane in Lane},
         spans=tuple(timeline.spans or ()),
+        prefetches_per_token=float(ahead / max(tokens, 1)),
+        prefetch_precision=float(useful / ahead) if ahead else None,
     )
 
 
@@ -274,26 +286,7 @@ def _slots(vram: int | float | str, trace: RoutingTrace, cost: CostModel) -> int
     return min(slots, everything)
 
 
-UNITS = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 1e3, "mb": 1e6, "gb": 1e9}
-
-
-def expert_budget(vram: int | float | str, everything: int) -> float:
-    """Bytes meant by a number of bytes, a string with a unit, or a fraction of everything."""
-    if isinstance(vram, str):
-        text = vram.strip().lower()
-        unit = text.lstrip("0123456789.")
-        try:
-            number = float(text[: len(text) - len(unit)])
-            return number * UNITS[unit.strip()] if unit else expert_budget(number, everything)
-        except (ValueError, KeyError):
-            raise ConfigError(f'vram must be bytes, "6GiB" or a fraction, got {vram!r}') from None
-    if not 0 <= vram < float("inf"):
-        raise ConfigError(f"vram must be at least 0, got {vram!r}")
-    # A float up to 1 is a fraction; the margin keeps 0.25 of 768 experts at 192 despite rounding.
-    return vram * everything * (1 + 1e-12) if isinstance(vram, float) and vram <= 1 else vram
-
-
-@njit(cache=True)
+@compiled
 def _gpu_work(tokens: Array, share: Array, cost: Array) -> float:
     seconds = 0.0
     for i in range(tokens.size):
@@ -302,7 +295,7 @@ def _gpu_work(tokens: Array, share: Array, cost: Array) -> float:
     return seconds
 
 
-@njit(cache=True)
+@compiled
 def _execute(
     tokens: Array, ready: Array, share: Array, free: Array, now: float, cost: Array
 ) -> tuple[float, float, float, float, float]:

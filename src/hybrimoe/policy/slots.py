@@ -1,24 +1,34 @@
 """Compiled book-keeping of the cache: counts, scores, the victim search."""
 
 import numpy as np
-from numba import njit
 
+from hybrimoe.policy.jit import compiled, inlined
 from hybrimoe.policy.timeline import Array
 
 RATE = 0.05  # weight of the newest step in Books.rate: the last twenty steps count most
 
 
-@njit(cache=True)
-def ready_times(slot: Array, arrival: Array, experts: Array, now: float) -> Array:
-    """[A] seconds from now until each expert is there, inf without a slot."""
-    times = np.empty(experts.size)
+@compiled
+def ready_times(
+    slot: Array, arrival: Array, layer: int, experts: Array, now: float, times: Array
+) -> None:
+    """times [A] = seconds from now until each expert is there, inf without a slot."""
     for i in range(experts.size):
-        s = slot[experts[i]]
+        s = slot[layer, experts[i]]
         times[i] = np.inf if s < 0 else max(arrival[s] - now, 0.0)
-    return times
 
 
-@njit(cache=True)
+@compiled
+def tally(ready: Array) -> tuple[int, int]:
+    """How many experts are there, and how many absent."""
+    here = absent = 0
+    for r in ready:
+        here += r == 0.0
+        absent += r == np.inf
+    return here, absent
+
+
+@compiled
 def note(
     layer: int,
     experts: Array,
@@ -48,7 +58,7 @@ def note(
         rate[layer, e] += (1.0 - keep) * min(tokens[i] / rows, 1.0)
 
 
-@njit(cache=True)
+@compiled
 def top_p_update(
     score: Array, layer: int, scores: Array, tokens: Array, top_k: int, p: int, alpha: float
 ) -> None:
@@ -64,7 +74,7 @@ def top_p_update(
         score[layer, e] = (1.0 - keep) * s + keep * score[layer, e]
 
 
-@njit(cache=True)
+@compiled
 def _threshold(scores: Array, p: int) -> float:
     """The p-th largest score, or the smallest where there are fewer."""
     if p >= scores.size:
@@ -80,7 +90,7 @@ def _threshold(scores: Array, p: int) -> float:
     return float(largest[p - 1])
 
 
-@njit(cache=True)
+@compiled
 def evict(
     worth: Array,
     owner: Array,
@@ -115,7 +125,7 @@ def evict(
     return chosen, least
 
 
-@njit(cache=True, inline="always")
+@inlined
 def _among(expert: int, experts: Array) -> bool:
     for e in experts:  # noqa: SIM110 (compiled: a generator would be slower)
         if e == expert:
@@ -123,7 +133,7 @@ def _among(expert: int, experts: Array) -> bool:
     return False
 
 
-@njit(cache=True)
+@compiled
 def occupy(
     owner: Array,
     occupied: Array,
@@ -144,7 +154,7 @@ def occupy(
     generation[taken] += 1
 
 
-@njit(cache=True)
+@compiled
 def claim(
     worth: Array,
     owner: Array,
@@ -175,7 +185,7 @@ def claim(
     return taken, generation[taken], victim_layer, victim
 
 
-@njit(cache=True)
+@compiled
 def claim_each(
     worth: Array,
     owner: Array,
@@ -193,50 +203,108 @@ def claim_each(
     wanted: Array,
     limit: int,
     admission: bool,
-) -> Array:
+    claims: Array,
+) -> int:
     """Claim slots for up to `limit` of the absent experts among `wanted`, worthiest first.
 
-    [n, 5]: expert, slot, stamp, and the victim's layer and expert of each claim that succeeded.
+    claims [A, 5]: expert, slot, stamp, and the victim's layer and expert of each claim that
+    succeeded; returns how many did.
     """
-    claims = np.empty((wanted.size, 5), np.int64)
     tried = np.zeros(wanted.size, np.bool_)
     count = 0
     while count < limit:
-        best = -1
-        for i in range(wanted.size):
-            free = not tried[i] and slot[layer, wanted[i]] < 0
-            if free and (best < 0 or worth[layer, wanted[i]] > worth[layer, wanted[best]]):
-                best = i
+        best = _worthiest(worth, slot, layer, wanted, tried)
         if best < 0:
             break
         tried[best] = True
-        expert = wanted[best]
         found = claim(
             *(worth, owner, references, arrival, occupied, quota, floor, by_layer, layer, keep),
-            *(now, slot, generation, expert, admission),
+            *(now, slot, generation, wanted[best], admission),
         )
         if found[0] < 0:
             break  # what is worth less will not get a slot either
-        claims[count, 0] = expert
+        claims[count, 0] = wanted[best]
         claims[count, 1:] = found
         count += 1
-    return claims[:count]
+    return count
 
 
-@njit(cache=True)
-def hold_slots(slot: Array, experts: Array, references: Array) -> Array:
-    """Add a reference to the slot of each expert that has one, and return those slots."""
-    held = np.empty(experts.size, np.int64)
+@compiled
+def claim_copies(
+    worth: Array,
+    owner: Array,
+    references: Array,
+    arrival: Array,
+    occupied: Array,
+    quota: Array,
+    floor: int,
+    by_layer: bool,
+    layer: int,
+    experts: Array,
+    now: float,
+    slot: Array,
+    generation: Array,
+    share: Array,
+    shards: int,
+    least: int,
+    admission: bool,
+    rows: Array,
+) -> None:
+    """Claim slots for the experts a plan copies, worthiest first; their order stays the plan's.
+
+    experts, share [A]: the layer's, and how many of `shards` the plan copies of each; of fewer than
+    `least` nothing stays. rows [n, 6]: expert on entry; then its shards, slot (-1 for none), stamp,
+    and the victim's layer and expert. An expert copied in part has not arrived until the rest has.
+    """
+    count = rows.shape[0]
+    copies, tried = rows[:, 0], np.zeros(count, np.bool_)
+    for n in range(count):
+        for i in range(experts.size):
+            if experts[i] == copies[n]:
+                rows[n, 1] = share[i]
+        rows[n, 2] = rows[n, 3] = rows[n, 4] = rows[n, 5] = -1
+        tried[n] = rows[n, 1] < least
+    while True:
+        best = _worthiest(worth, slot, layer, copies, tried)
+        if best < 0:
+            return
+        tried[best] = True
+        found = claim(
+            *(worth, owner, references, arrival, occupied, quota, floor, by_layer, layer, experts),
+            *(now, slot, generation, copies[best], admission),
+        )
+        if found[0] < 0:
+            return
+        rows[best, 2:] = found
+        if rows[best, 1] < shards:
+            arrival[found[0]] = np.inf
+
+
+@compiled
+def _worthiest(worth: Array, slot: Array, layer: int, wanted: Array, tried: Array) -> int:
+    """Which of the absent experts that were not tried yet is worth most, -1 for none."""
+    best = -1
+    for i in range(wanted.size):
+        free = not tried[i] and slot[layer, wanted[i]] < 0
+        if free and (best < 0 or worth[layer, wanted[i]] > worth[layer, wanted[best]]):
+            best = i
+    return best
+
+
+@compiled
+def hold_slots(slot: Array, layer: int, experts: Array, references: Array, held: Array) -> int:
+    """Add a reference to the slot of each expert that has one: held[:n] are those, returns n."""
     count = 0
     for e in experts:
-        if slot[e] >= 0:
-            references[slot[e]] += 1
-            held[count] = slot[e]
+        s = slot[layer, e]
+        if s >= 0:
+            references[s] += 1
+            held[count] = s
             count += 1
-    return held[:count]
+    return count
 
 
-@njit(cache=True)
+@compiled
 def release_slots(slots: Array, references: Array) -> int:
     """Take a reference away from each slot; returns the least count that is left."""
     least = 0

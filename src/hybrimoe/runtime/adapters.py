@@ -74,6 +74,11 @@ class FoundExperts:
     module: nn.Module
     describe: Describe
 
+    @property
+    def is_decorated(self) -> bool:
+        """Whether its parameters are those that transformers' experts interface prescribes."""
+        return self.describe is _describe
+
 
 def find_experts(model: nn.Module) -> list[FoundExperts]:
     """All routed experts of a model, in module order; raises UnsupportedModelError if there are none."""
@@ -153,7 +158,8 @@ def top_k_of(model: Any) -> int:
 def find_gate(module: Any) -> Gate:
     """The `Gate` whose formula equals what this module computes between its projections."""
     span = 1.5 * max([8.0, *_numbers(module, LIMITS)])
-    axis = torch.linspace(-span, span, 97)
+    # Said outright: while transformers builds a model, the defaults are its dtype and "meta".
+    axis = torch.linspace(-span, span, 97, dtype=torch.float32, device="cpu")
     gate, up = torch.meshgrid(axis, axis, indexing="ij")
     gate, up = gate.reshape(-1), up.reshape(-1)
     if not module.has_gate:

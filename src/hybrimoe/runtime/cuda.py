@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import time
-import warnings
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from hybrimoe.errors import DeviceLostError, InsufficientMemoryError
+from hybrimoe.errors import DeviceLostError, HybriMoEError, InsufficientMemoryError
 from hybrimoe.kernels import torch_experts, triton_experts
 from hybrimoe.kernels.moe import PackedLayer
+from hybrimoe.kernels.torch_pairs import Slots, pairs_of
+from hybrimoe.runtime.transfer import Staging
 
 
 class Work(NamedTuple):
@@ -20,6 +24,31 @@ class Work(NamedTuple):
 
     begin: Any
     end: Any
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Method = Callable[Concatenate["TorchAccelerator", P], R]
+
+
+def typed(method: Method[P, R]) -> Method[P, R]:
+    """What the device reports becomes an error of ours; a lost device is not called again."""
+
+    @functools.wraps(method)
+    def call(self: TorchAccelerator, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        if self.lost:
+            raise DeviceLostError(self.lost)
+        try:
+            return method(self, *args, **kwargs)
+        except HybriMoEError:
+            raise
+        except RuntimeError as error:
+            understood = self.understand(error)
+            if understood is error:
+                raise
+            raise understood from error
+
+    return call
 
 
 class TorchAccelerator:
@@ -34,44 +63,58 @@ class TorchAccelerator:
         self.slab = torch.empty(0, 0, dtype=torch.uint8, device=self.device)
         # Two launches per layer where Triton is there, plain torch operations elsewhere.
         self.kernels = triton_experts if triton_experts.available() else torch_experts
-        self._pinned: set[int] = set()
+        self._probe = torch.zeros(1, device=self.device)
+        self.staging = Staging(self.device, torch.cuda.Event, pinned=self.device.type == "cuda")
+        self.lost = ""  # why, once the device is
         self._zero = torch.cuda.Event(enable_timing=True)
         self._zero.record(torch.cuda.current_stream(self.device))
         self._zero.synchronize()
         self._zero_s = time.perf_counter()
 
+    @typed
     def free_bytes(self) -> int:
-        return int(torch.cuda.mem_get_info(self.device)[0])
+        """What the driver has, and what torch's allocator holds without using it."""
+        free = int(torch.cuda.mem_get_info(self.device)[0])
+        # The nested form: flattening all statistics takes ten times as long.
+        stats = torch.cuda.memory_stats_as_nested_dict(self.device)
+        held, used = (
+            int(stats[f"{kind}_bytes"]["all"]["current"]) for kind in ("reserved", "allocated")
+        )
+        return free + held - used
 
+    @typed
     def allocate(self, slots: int, slot_bytes: int) -> None:
-        try:
+        self.slab = torch.empty(0, 0, dtype=torch.uint8, device=self.device)
+        torch.cuda.empty_cache()  # blocks of other sizes would keep the new slab out
+        if slots:
             self.slab = torch.empty(slots + 1, slot_bytes, dtype=torch.uint8, device=self.device)
-        except torch.OutOfMemoryError as error:
-            raise InsufficientMemoryError(
-                f"{slots} slots of {slot_bytes} bytes do not fit on {self.name}, which has "
-                f"{self.free_bytes()} bytes free; give a smaller vram"
-            ) from error
+
+    @typed
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.device)  # sync: only at the end, and after a failure
 
     def pin(self, array: np.ndarray) -> None:
-        """Page-lock host memory in place, so that copies from it overlap; warn where refused."""
+        """Page-lock host memory in place, so that copies from it overlap with computation."""
         runtime = torch.cuda.cudart()
-        if int(runtime.cudaHostRegister(array.ctypes.data, array.nbytes, 0)) == 0:
-            self._pinned.add(array.ctypes.data)
+        refused = runtime.cudaHostRegister(array.ctypes.data, array.nbytes, 0)
+        if int(refused) == 0:
             return
-        runtime.cudaGetLastError()  # the refusal would fail the next, unrelated call
-        warnings.warn(
-            f"the system refuses to page-lock {array.nbytes} bytes: copies to {self.name} will be "
-            "slower and block the CPU (see `ulimit -l`)",
-            RuntimeWarning,
-            stacklevel=2,
+        # The refusal stays pending and would fail the next, unrelated launch. torch offers no call
+        # that clears it, but the check behind a launch of our own does.
+        with contextlib.suppress(RuntimeError):
+            self._probe.add_(1)
+        raise InsufficientMemoryError(
+            f"the system refuses to page-lock {array.nbytes} bytes "
+            f"({runtime.cudaGetErrorString(refused)})",
+            array.nbytes,
         )
 
     def unpin(self, array: np.ndarray) -> None:
         """The reverse of `pin`, before the memory goes away."""
-        if array.ctypes.data in self._pinned:
+        if not self.lost:
             torch.cuda.cudart().cudaHostUnregister(array.ctypes.data)
-            self._pinned.discard(array.ctypes.data)
 
+    @typed
     def copy(self, source: np.ndarray, slot: int, first: int, after: Sequence[Work]) -> Work:
         with torch.cuda.stream(self.copies):
             for earlier in after:
@@ -81,57 +124,70 @@ class TorchAccelerator:
             target.copy_(torch.from_numpy(source), non_blocking=True)
             return Work(begin, self._mark(self.copies))
 
+    @typed
     def experts(
         self,
         layer: PackedLayer,
-        x: np.ndarray,
+        x: Tensor,
         slots: np.ndarray,
         weights: np.ndarray,
         shards: np.ndarray,
-        out: np.ndarray,
+        out: Tensor,
         after: Sequence[Work],
     ) -> Work:
         stream = torch.cuda.current_stream(self.device)
         for copy in after:
             stream.wait_event(copy.end)  # hazard: the expert's weights are still on the wire
         begin = self._mark(stream)
-        flat = slots.reshape(-1)
-        here = np.flatnonzero(flat < len(self.slab) - 1)
-        order = here[np.argsort(flat[here], kind="stable")]
-        slot, token = flat[order].astype(np.int32), (order // slots.shape[1]).astype(np.int32)
-        result = torch.zeros(out.shape, device=self.device)
+        layout = layer.layout._replace(expert_bytes=self.slab.shape[1])
         self.kernels.run(
-            layer.fmt,
-            layer.layout._replace(expert_bytes=self.slab.shape[1]),
-            layer.gate,
-            self.slab,
-            self._put(x),
-            self._put(token),
-            self._put(slot),
-            self._put(weights.reshape(-1)[order]),
-            result,
-            self._put(shards),
-            np.bincount(slot, minlength=len(self.slab)).tolist(),
+            Slots(layer.fmt, layout, layer.gate, self.slab),
+            pairs_of(slots, weights, shards),
+            x,
+            out.zero_(),
+            lambda array: self.staging.put([array])[0],
         )
-        torch.from_numpy(out).copy_(result, non_blocking=True)
         return Work(begin, self._mark(stream))
 
+    @typed
+    def fetch(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return self.staging.fetch(tensors)
+
+    @typed
+    def buffer(self, shape: tuple[int, ...]) -> np.ndarray:
+        return self.staging.buffer(shape)
+
+    @typed
+    def upload(self, array: np.ndarray) -> Tensor:
+        return self.staging.upload(array)
+
+    def follow(self, event: Work) -> None:
+        """Experts are computed on torch's own stream: whatever it does next comes after them."""
+
+    @typed
     def wait(self, event: Work) -> None:
-        try:
-            event.end.synchronize()  # sync: the layer's join
-        except RuntimeError as error:
-            raise DeviceLostError(
-                f"{self.name} failed and stays unusable until the process restarts: {error}"
-            ) from error
+        event.end.synchronize()  # sync: while filling and measuring; no layer waits here
+
+    @typed
+    def happened(self, event: Work) -> bool:
+        return bool(event.end.query())
 
     def span(self, event: Work) -> tuple[float, float]:
         begin, end = (self._zero.elapsed_time(e) / 1e3 for e in event)
         return self._zero_s + begin, self._zero_s + end
 
+    def understand(self, error: RuntimeError) -> Exception:
+        """What an error out of torch means for the caller; it is itself where it means nothing."""
+        text = str(error)
+        if isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in text:
+            return InsufficientMemoryError(f"{self.name} is out of memory: {text}")
+        failed = getattr(torch, "AcceleratorError", ())  # torch before 2.8 only has the words
+        if isinstance(error, failed) or "CUDA error" in text or "CUDA driver" in text:
+            self.lost = f"{self.name} failed and stays unusable until the process restarts: {text}"
+            return DeviceLostError(self.lost)
+        return error
+
     def _mark(self, stream: Any) -> Any:
         event = torch.cuda.Event(enable_timing=True)
         event.record(stream)
         return event
-
-    def _put(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)

@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from hybrimoe.errors import DeviceLostError, InsufficientMemoryError
 from hybrimoe.kernels.moe import PackedLayer, Workspace, run_layer
@@ -26,14 +28,19 @@ class Accelerator(Protocol):
     compute_device: str  # where torch keeps the dense part of the model
     measured: bool  # whether its times are those of hardware, fit to calibrate and to compare by
 
-    def free_bytes(self) -> int:
-        """Device memory that could be allocated now."""
+    def free_bytes(self) -> int | None:
+        """Device memory that could be allocated now; None where there is no limit to speak of."""
 
     def allocate(self, slots: int, slot_bytes: int) -> None:
-        """One slab of equal slots; raises InsufficientMemoryError."""
+        """One slab of equal slots in place of the one before, which is given back first; 0 slots
+        leave none. Nothing may be using the former slab. Raises InsufficientMemoryError.
+        """
+
+    def synchronize(self) -> None:
+        """Block until nothing is under way on either stream."""
 
     def pin(self, array: np.ndarray) -> None:
-        """Prepare host memory as a source of copies."""
+        """Prepare host memory as a source of copies; raises InsufficientMemoryError if refused."""
 
     def unpin(self, array: np.ndarray) -> None:
         """The reverse of `pin`, before the memory goes away."""
@@ -44,21 +51,37 @@ class Accelerator(Protocol):
     def experts(
         self,
         layer: PackedLayer,
-        x: np.ndarray,
+        x: Tensor,
         slots: np.ndarray,
         weights: np.ndarray,
         shards: np.ndarray,
-        out: np.ndarray,
+        out: Tensor,
         after: Sequence[Any],
     ) -> Any:
         """out [T, D] float32 = the experts in `slots` [T, K], once `after` happened; returns an event.
 
-        x [T, D] float32, weights [T, K]; shards [slots + 1, 2], the range of shards of each slot's
-        expert to sum. The last row is no slot: it stands for what does not run here.
+        x [T, D] and out on the compute device; weights [T, K] float32 and the rest on the host.
+        shards [slots + 1, 2]: the range of shards of each slot's expert to sum. The last row is no
+        slot: it stands for what does not run here.
         """
+
+    def fetch(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Tensors of the compute device in host memory, by one copy; valid until the next call."""
+
+    def buffer(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Host memory for float32 that `upload` will take; valid until the next `fetch`."""
+
+    def upload(self, array: np.ndarray) -> Tensor:
+        """What `buffer` returned, on the compute device; the host does not wait for it."""
+
+    def follow(self, event: Any) -> None:
+        """What torch computes from now on sees what came before an event; waits only if it must."""
 
     def wait(self, event: Any) -> None:
         """Block until an event happened."""
+
+    def happened(self, event: Any) -> bool:
+        """Whether an event happened, without waiting for it."""
 
     def span(self, event: Any) -> tuple[float, float]:
         """When the operation of an event that happened began and ended, by `time.perf_counter`."""
@@ -67,9 +90,11 @@ class Accelerator(Protocol):
 class EmulatedAccelerator:
     """Slots in plain memory under a byte budget, with streams that interleave as badly as they may.
 
-    capacity: bytes of device memory. seed: draws the interleaving. bandwidth: bytes per second of
-    the link, or None for no delay. fault: called with the name of each operation ("allocate",
-    "copy", "experts"); what it raises is what the device reports.
+    capacity: bytes of device memory, None for no limit. seed: draws the interleaving.
+    bandwidth: bytes per second of the link, or None for no delay. fault: called with the name of
+    each operation ("allocate", "pin", "copy", "experts", "fetch", "upload", "wait"); what it raises
+    is what the device reports. ballast: bytes that something else occupies, such as a KV cache; may
+    be set at any time.
 
     Its computation shares this machine's cores: it proves orderings and results, never speed.
     """
@@ -80,37 +105,58 @@ class EmulatedAccelerator:
 
     def __init__(
         self,
-        capacity: int,
+        capacity: int | None = None,
         seed: int = 0,
         bandwidth: float | None = None,
         fault: Callable[[str], None] | None = None,
     ) -> None:
         self.capacity, self.bandwidth, self.fault = capacity, bandwidth, fault
+        self.ballast = 0
+        self.pinned: dict[int, int] = {}  # bytes by address
         self.slab = np.zeros((0, 0), np.uint8)
         self.workspace = Workspace()
         self._random = random.Random(seed)
         self._streams: dict[str, deque[_Operation]] = {"copy": deque(), "compute": deque()}
+        self._slotted: dict[int, PackedLayer] = {}  # by the identity of the layer's blobs
         self._link_free = 0.0
         self._lost: Exception | None = None
 
-    def free_bytes(self) -> int:
-        return self.capacity - self.slab.nbytes
+    def free_bytes(self) -> int | None:
+        if self.capacity is None:
+            return None
+        return self.capacity - self.ballast - self.slab.nbytes
 
     def allocate(self, slots: int, slot_bytes: int) -> None:
+        assert not any(self._streams.values()), "the slab is given back while it is in use"
+        self.slab = np.zeros((0, 0), np.uint8)
+        self._slotted.clear()
+        if slots == 0:
+            return
         self._report("allocate")
-        if slots * slot_bytes > self.capacity:
-            raise InsufficientMemoryError(
-                f"{slots} slots of {slot_bytes} bytes exceed the {self.capacity} bytes of the "
-                "emulated accelerator"
-            )
+        free = self.free_bytes()
         # One more row than slots: it is named by what does not run here, and never read.
+        need = (slots + 1) * slot_bytes
+        if free is not None and need > free:
+            raise InsufficientMemoryError(
+                f"{slots} slots of {slot_bytes} bytes do not fit into the {free} free bytes of the "
+                "emulated accelerator",
+                need,
+                free,
+            )
         self.slab = np.full((slots + 1, slot_bytes), 0xFF, np.uint8)
 
+    def synchronize(self) -> None:
+        if self._lost is not None:
+            raise self._lost
+        while any(self._streams.values()):
+            self._advance()
+
     def pin(self, array: np.ndarray) -> None:
-        """Plain memory is as good as any here."""
+        self._report("pin")
+        self.pinned[array.ctypes.data] = array.nbytes
 
     def unpin(self, array: np.ndarray) -> None:
-        """Nothing was pinned."""
+        del self.pinned[array.ctypes.data]
 
     def copy(self, source: np.ndarray, slot: int, first: int, after: Sequence[Any]) -> _Operation:
         self._report("copy")
@@ -124,24 +170,45 @@ class EmulatedAccelerator:
     def experts(
         self,
         layer: PackedLayer,
-        x: np.ndarray,
+        x: Tensor,
         slots: np.ndarray,
         weights: np.ndarray,
         shards: np.ndarray,
-        out: np.ndarray,
+        out: Tensor,
         after: Sequence[Any],
     ) -> _Operation:
         self._report("experts")
-        resident = slotted(layer, self.slab)
+        resident = self._slotted.get(id(layer.blobs))
+        if resident is None:  # making one costs 10 us
+            resident = self._slotted[id(layer.blobs)] = slotted(layer, self.slab)
+        source, target = x.float().numpy(), out.numpy()
 
         def work() -> None:
-            run_layer(resident, x, slots, weights, out, self.workspace, shards=shards)
+            run_layer(resident, source, slots, weights, target, self.workspace, shards=shards)
 
         return self._submit("compute", work, after, 0.0)
 
+    def fetch(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        self._report("fetch")
+        return list(tensors)  # its memory is the host's
+
+    def buffer(self, shape: tuple[int, ...]) -> np.ndarray:
+        return np.empty(shape, np.float32)
+
+    def upload(self, array: np.ndarray) -> Tensor:
+        self._report("upload")
+        return torch.from_numpy(array)
+
+    def follow(self, event: _Operation) -> None:
+        self.wait(event)  # torch computes on the host, which knows nothing of the streams here
+
     def wait(self, event: _Operation) -> None:
+        self._report("wait")
         while not event.done:
             self._advance()
+
+    def happened(self, event: _Operation) -> bool:
+        return event.done
 
     def span(self, event: _Operation) -> tuple[float, float]:
         return event.began, event.ended
@@ -167,12 +234,14 @@ class EmulatedAccelerator:
         runnable = self._runnable()
         assert runnable, "the streams wait for each other"
         queue = self._random.choice(runnable)
-        operation = queue.popleft()
-        time.sleep(max(0.0, operation.due - time.monotonic()) if operation.due else 0.0)
+        operation = queue[0]
+        if operation.due:  # sleeping for no time takes 50 us
+            time.sleep(max(0.0, operation.due - time.monotonic()))
         operation.began = time.perf_counter()
         operation.work()
         operation.ended = time.perf_counter()
         operation.done = True
+        queue.popleft()  # not before: an interrupt must not lose it, and once more does no harm
 
     def _report(self, operation: str) -> None:
         """Let the fault injector speak; a lost device stays lost."""

@@ -6,38 +6,36 @@ cost table. Events keep the real order right however long things really take.
 
 from __future__ import annotations
 
-import time
+from collections import deque
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from hybrimoe.errors import PolicyError
 from hybrimoe.kernels.moe import run_layer
 from hybrimoe.policy.cache import Cache, Move
 from hybrimoe.policy.cost import CostModel
+from hybrimoe.policy.drawing import label
 from hybrimoe.policy.routing import Load
 from hybrimoe.policy.scheduler import Plan
 from hybrimoe.policy.simulator import SimExecutor
-from hybrimoe.policy.timeline import Timeline
+from hybrimoe.policy.timeline import Lane, Span, Timeline
 from hybrimoe.runtime.device import Accelerator
+from hybrimoe.runtime.disk import Job
+from hybrimoe.runtime.intake import Call
+from hybrimoe.runtime.meter import Meter
 from hybrimoe.runtime.pool import ExpertPool
-
-
-class Call(NamedTuple):
-    """The inputs and the output of the layer that runs now."""
-
-    x: np.ndarray  # [T, D] float32
-    ids: np.ndarray  # [T, K] int64
-    weights: np.ndarray  # [T, K] float32
-    out: np.ndarray  # [T, D] float32
 
 
 class Running(NamedTuple):
     """The layer between `run` and `join`."""
 
-    layer: int
+    load: Load
+    plan: Plan
     on_gpu: np.ndarray  # [E] int32, shards of each expert that the accelerator computes
-    launches: list[tuple[np.ndarray, Any]]  # partial sums and the events that complete them
+    launches: list[tuple[Tensor, Any]]  # partial sums and the events that complete them
 
 
 class Content(NamedTuple):
@@ -48,6 +46,10 @@ class Content(NamedTuple):
     generation: int
 
 
+LAUNCH_S = 50e-6  # seconds of the host for one launch: less work is not worth one of its own
+OUTSTANDING = 4  # partial sums [T, D] of one layer that exist at once
+LONG = 16  # tokens per copied expert from which its computation is worth a launch of its own
+WAVES = 6  # launches for the copied experts of a long prompt, so that one sixth is not overlapped
 NOTHING = Content(-1, -1, -1)
 
 
@@ -61,67 +63,123 @@ class TorchExecutor:
         cost: CostModel,
         accelerator: Accelerator,
         threads: int | None = None,
+        trace: bool = False,
     ) -> None:
         self.pool, self.cache, self.accelerator, self.threads = pool, cache, accelerator, threads
+        self.meter = Meter(accelerator, len(pool.layers), trace)
         self.books = SimExecutor(cost)
-        total = cache.slots + cache.staging
-        slot_bytes = max(layer.layout.expert_bytes for layer in pool.layers if layer)
-        accelerator.allocate(total, slot_bytes)
-        self.content = [NOTHING] * total
-        self.arrivals: list[list[Any]] = [[] for _ in range(total)]  # copies not yet waited for
-        self.last_use: list[Any] = [None] * total  # the launch that last read the slot
-        self.cpu_s = self.join_s = 0.0
+        self.slot_bytes = max(layer.layout.expert_bytes for layer in pool.layers if layer)
+        self.content: list[Content] = []
+        self.arrivals: list[list[Any]] = []  # copies not yet waited for
+        self.last_use: list[Any] = []  # the launch that last read the slot
         self.call: Call | None = None
+        self.out: Tensor | None = None  # [T, D] float32 on the compute device, after the join
+        self.cpu_end = 0.0  # when the CPU had done its share, in the latest step
+        self.launched: Any = None  # the event after the latest step's last launch
+        self.spent_s = 0.0  # in this class, in the latest step
         self._running: Running | None = None
+        self._lent: deque[tuple[Any, int]] = deque()  # copies from the tier, and its slots
+        if pool.tier is not None:
+            pool.tier.make_room = self._give_back_oldest
 
     def run(
         self, load: Load, plan: Plan, ready: np.ndarray, moves: list[Move], timeline: Timeline
     ) -> None:
         """Order the copies of a plan and launch its experts on the accelerator."""
+        started = self.meter.now()
         self.books.run(load, plan, ready, moves, timeline)
+        if self.pool.tier is not None:
+            self._give_back()
+            moved = [move.expert for move in moves]
+            self.pool.tier.want(load.layer, dict.fromkeys(moved + plan.cpu.tolist()))
         on_gpu = np.zeros(len(self.pool.layer(load.layer).blobs), np.int32)
         on_gpu[load.experts] = plan.shards
         moving = {move.expert for move in moves}
         slots = self.cache.slot[load.layer]
-        wave = {expert: int(slots[expert]) for expert in plan.gpu.tolist() if expert not in moving}
-        launches = []
+        here = {expert: int(slots[expert]) for expert in plan.gpu.tolist() if expert not in moving}
+        launches: list[tuple[Tensor, Any]] = []
+        copied: dict[int, int] = {}
+        most = wave_size(load, plan)
+        if most == len(moves) and len(here) * self.books.cost.gpu_read < LAUNCH_S:
+            here, copied = {}, here  # so little that they may wait for the copies
+
+        def launch(wave: dict[int, int]) -> None:
+            if wave:
+                launches.append(self._launch(load, wave, on_gpu))
+            if len(launches) > OUTSTANDING:
+                self._merge(launches)
+
         for move in moves:
-            if move.slot in wave.values():  # a passing slot comes round again: use it first
-                launches.append(self._launch(load.layer, wave, on_gpu))
-                wave = {}
+            if move.slot in copied.values():  # a passing slot comes round again: use it first
+                launch(here)
+                launch(upto(copied, move.slot))
+                here = {}
             self._order(move)
-            wave[move.expert] = move.slot
-        if wave:
-            launches.append(self._launch(load.layer, wave, on_gpu))
-        self._running = Running(load.layer, on_gpu, launches)
+            copied[move.expert] = move.slot
+            if most < len(moves) and len(copied) == most:
+                launch(here)
+                launch(copied)
+                here, copied = {}, {}
+        launch(here)  # these do not wait for any copy
+        launch(copied)
+        if self.call is not None and self.call.early is not None:
+            self.call.early()  # behind the experts, before the CPU is busy
+        self._running = Running(load, plan, on_gpu, launches)
+        self.spent_s = self.meter.now() - started
 
     def copy(self, move: Move, timeline: Timeline) -> float:
         """Order one background copy; its predicted arrival is what the policies see."""
+        started = self.meter.now()
         arrival = self.books.copy(move, timeline)
         self._order(move)
+        self.spent_s += self.meter.now() - started
         return arrival
 
     def join(self, timeline: Timeline) -> None:
-        """Compute the CPU's share, wait for the accelerator, and sum the two."""
+        """Compute the CPU's share, and sum it with the accelerator's where the model computes."""
         self.books.join(timeline)
         assert self._running is not None
         assert self.call is not None
-        (index, on_gpu, launches), call = self._running, self.call
-        layer = self.pool.layer(index)
-        shards = np.empty((on_gpu.size, 2), np.int32)
-        shards[:, 0], shards[:, 1] = on_gpu, layer.layout.shards
-        started = time.perf_counter()
-        arrays, workspace = (call.x, call.ids, call.weights, call.out), self.pool.workspace
-        run_layer(layer, *arrays, workspace, threads=self.threads, shards=shards)
-        computed = time.perf_counter()
-        for partial, event in launches:
-            self.accelerator.wait(
-                event
-            )  # sync: the layer's join; later launches imply earlier ones
-            np.add(call.out, partial, out=call.out)
-        self.cpu_s += computed - started
-        self.join_s += time.perf_counter() - computed
+        running, call, meter = self._running, self.call, self.meter
+        load, on_gpu = running.load, running.on_gpu
+        layer = self.pool.layer(load.layer)
+        started = meter.now()
+        total = self._cpu_share(call, load.layer, on_gpu) if running.plan.cpu.size else None
+        computed = meter.now()
+        if running.plan.cpu.size:
+            meter.ran(cpu_span(load, running.plan, layer.layout.shards, started, computed))
+        for partial, event in running.launches:
+            self.accelerator.follow(event)
+            total = partial if total is None else total.add_(partial)
+        self.out = total
+        self.cpu_end = computed
+        self.launched = running.launches[-1][1] if running.launches else None
+        self.spent_s += meter.now() - started
         self._running = None
+
+    def _merge(self, launches: list[tuple[Tensor, Any]]) -> None:
+        """Add the second oldest partial sum to the oldest, and let its memory go."""
+        (total, first), (partial, second) = launches[:2]
+        self.accelerator.follow(first)
+        self.accelerator.follow(second)
+        launches[:2] = [(total.add_(partial), second)]
+
+    def rebuild(self, moves: list[Move]) -> None:
+        """Slots for the cache as it is now, filled by `moves`; nothing may be under way.
+
+        Takes a new slab only where the number of slots has changed. Raises InsufficientMemoryError.
+        """
+        total = self.cache.slots + self.cache.staging if self.cache.slots else 0
+        if total != len(self.content):
+            self.content = []  # no slab, should there be no room for another one
+            self.accelerator.allocate(total, self.slot_bytes)
+        self.content = [NOTHING] * total
+        self.arrivals = [[] for _ in range(total)]
+        self.last_use = [None] * total
+        self._running = None
+        while self._lent:
+            self._give_back_oldest(wait=False)  # who calls has waited for all copies
+        self.fill(moves)
 
     def fill(self, moves: list[Move]) -> None:
         """Copy the initial residents and wait for them."""
@@ -130,6 +188,21 @@ class TorchExecutor:
         for events in self.arrivals:
             for event in events:
                 self.accelerator.wait(event)
+        self.meter.settle()
+
+    def _cpu_share(self, call: Call, index: int, on_gpu: np.ndarray) -> Tensor:
+        """What the accelerator leaves of a layer, on its way to the compute device."""
+        layer, workspace = self.pool.layer(index), self.pool.workspace
+        shards = np.empty((on_gpu.size, 2), np.int32)
+        shards[:, 0], shards[:, 1] = on_gpu, layer.layout.shards
+        out = self.accelerator.buffer(call.x.shape)
+        arrays = call.x, call.ids, call.weights, out, workspace
+        if self.pool.tier is None:
+            run_layer(layer, *arrays, threads=self.threads, shards=shards)
+        else:
+            job = Job(index, layer, *arrays, threads=self.threads, shards=shards)
+            self.pool.tier.run(job)
+        return self.accelerator.upload(out)
 
     def _order(self, move: Move) -> None:
         """Queue the copy of some shards of an expert into its slot."""
@@ -142,32 +215,97 @@ class TorchExecutor:
         layer = self.pool.layer(move.layer)
         size = layer.layout.shard_bytes
         first, last = move.first, layer.layout.shards if move.last < 0 else move.last
-        source = layer.blobs[move.expert, first * size : last * size]
+        blob, slot = layer.blobs[move.expert], -1
+        if self.pool.tier is not None:
+            blob, slot = self.pool.tier.lend(move.layer, move.expert)
+        source = blob[first * size : last * size]
         # Hazard: the launch that read the slot's former expert may still run.
         after = [self.last_use[move.slot]] if self.last_use[move.slot] is not None else []
-        self.arrivals[move.slot].append(
-            self.accelerator.copy(source, move.slot, first * size, after)
-        )
+        arrival = self.accelerator.copy(source, move.slot, first * size, after)
+        self.arrivals[move.slot].append(arrival)
+        if slot >= 0:
+            self._lent.append((arrival, slot))
+        what = label(move.expert, last - first, layer.layout.shards)
+        span = Span(Lane.LINK, 0.0, 0.0, what, move.layer, bytes=source.size)
+        self.meter.ordered(arrival, span)
 
-    def _launch(self, index: int, wave: dict[int, int], on_gpu: np.ndarray) -> tuple[Any, Any]:
+    def _give_back(self) -> None:
+        """Let the tier have the slots again whose copies have happened."""
+        while self._lent and self.accelerator.happened(self._lent[0][0]):
+            self._give_back_oldest(wait=False)
+
+    def _give_back_oldest(self, wait: bool = True) -> bool:
+        if not self._lent or self.pool.tier is None:
+            return False
+        if wait:
+            self.accelerator.wait(self._lent[0][0])
+        self.pool.tier.give_back(self._lent.popleft()[1])
+        return True
+
+    def _launch(self, load: Load, wave: dict[int, int], on_gpu: np.ndarray) -> tuple[Tensor, Any]:
         """Start some experts on the accelerator: their partial sum, and the event completing it."""
         assert self.call is not None
-        nowhere = len(self.content)
+        index, nowhere = load.layer, len(self.content)
         table = np.full(on_gpu.size, nowhere, np.int64)
         shards = np.zeros((nowhere + 1, 2), np.int32)
-        after = []
+        after, happened = [], self.accelerator.happened
         for expert, slot in wave.items():
             if self.content[slot][:2] != (index, expert):
                 raise PolicyError(
                     f"slot {slot} holds {self.content[slot]}, not expert {expert} of layer {index}"
                 )
             table[expert], shards[slot, 1] = slot, on_gpu[expert]
-            after += self.arrivals[slot]  # hazard: its weights may still be on the wire
+            waiting = [event for event in self.arrivals[slot] if not happened(event)]
+            after += waiting  # hazard: its weights may still be on the wire
+            self.arrivals[slot] = waiting
         call, layer = self.call, self.pool.layer(index)
-        partial = np.empty_like(call.out)
+        partial = torch.empty_like(call.hidden, dtype=torch.float32)
         event = self.accelerator.experts(
-            layer, call.x, table[call.ids], call.weights, shards, partial, after
+            layer, call.hidden, table[call.ids], call.weights, shards, partial, after
         )
         for slot in wave.values():
             self.last_use[slot] = event
+        self.meter.ordered(event, gpu_span(load, wave, on_gpu, layer.layout.shards))
         return partial, event
+
+
+def wave_size(load: Load, plan: Plan) -> int:
+    """How many copied experts to launch together: all of them where each has little to compute.
+
+    With many tokens the first ones compute while the others are still on the wire.
+    """
+    if load.tokens.sum() < LONG * plan.copies.size:
+        return plan.copies.size  # as in decode; looking further takes 15 us
+    tokens = load.tokens[np.isin(load.experts, plan.copies)].sum()
+    few = tokens < LONG * plan.copies.size
+    return plan.copies.size if few else -(-plan.copies.size // WAVES)
+
+
+def upto(wave: dict[int, int], slot: int) -> dict[int, int]:
+    """Take a wave's experts off it, up to the one in this slot."""
+    first = {}
+    for expert in list(wave):
+        first[expert] = wave.pop(expert)
+        if first[expert] == slot:
+            break
+    return first
+
+
+def cpu_span(load: Load, plan: Plan, shards: int, start: float, end: float) -> Span:
+    """The CPU's share of a layer; an expert that is divided counts as a part of one."""
+    part = shards - plan.shards  # [A]
+    experts, tokens = int(part.sum()) / shards, int(part @ load.tokens) / shards
+    what = f"layer {load.layer}: {plan.cpu.size} experts"
+    return Span(Lane.CPU, start, end - start, what, load.layer, experts, tokens)
+
+
+def gpu_span(load: Load, wave: dict[int, int], on_gpu: np.ndarray, shards: int) -> Span:
+    """One launch on the accelerator; its times are read later."""
+    tokens = dict(zip(load.experts.tolist(), load.tokens.tolist()))
+    experts = computed = 0
+    for expert in wave:  # a third of the time of arrays so short
+        part = on_gpu.item(expert)
+        experts += part
+        computed += part * tokens[expert]
+    what = f"layer {load.layer}: {len(wave)} experts"
+    return Span(Lane.GPU, 0.0, 0.0, what, load.layer, experts / shards, computed / shards)

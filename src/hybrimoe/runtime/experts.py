@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from hybrimoe.errors import RoutingError
 from hybrimoe.kernels.layout import expert_layout
-from hybrimoe.kernels.moe import PackedLayer, check_arguments, run_layer
-from hybrimoe.runtime import formats
+from hybrimoe.kernels.moe import PackedLayer, run_layer
+from hybrimoe.runtime import formats, opaque
 from hybrimoe.runtime.adapters import ExpertWeights, FoundExperts
-from hybrimoe.runtime.executor import Call
+from hybrimoe.runtime.disk import Job
 from hybrimoe.runtime.guards import refuse_copy, refuse_load, refuse_move, refuse_pickle
 from hybrimoe.runtime.hybrid import Hybrid
 from hybrimoe.runtime.pool import ExpertPool, allocate_blobs, checksum
+from hybrimoe.runtime.shared_experts import EarlyExperts
 from hybrimoe.runtime.stats import Stats
 
 
@@ -36,17 +37,23 @@ class PooledExperts(nn.Module):
         self.name, self.threads, self.stats, self.pool = found.name, threads, stats, pool
         self.post_norm = described.post_norm
         self.hybrid: Hybrid | None = None  # who shares the work with an accelerator, if anyone
+        self.early: EarlyExperts | None = None  # what of the block may run meanwhile
         # Kept out of nn.Module's registry: its parameters are not parameters of the model now.
         self.__dict__["original"] = found.module
         self.__dict__["found"] = found
         self.borrowing = threading.Lock()
+        self.number = opaque.register(self)
         self.shapes = {name: getattr(found.module, name).shape for name in described.parameters}
         self.dtype = described.up.dtype
         self.native_bytes = sum(
             shape.numel() * self.dtype.itemsize for shape in self.shapes.values()
         )
-        self.index = pool.add(pack_layer(weights, described))
-        self.checksum = checksum(self.packed.blobs)
+        # On the meta device there is nothing to pack yet: who loads the model fills the blobs.
+        self.is_filled = not described.up.is_meta
+        layer = pack_layer(weights, described) if self.is_filled else reserve(weights, described)
+        self.index = pool.add(layer)
+        if self.is_filled:
+            self.seal()
         self.train(found.module.training)
 
     @property
@@ -69,9 +76,14 @@ class PooledExperts(nn.Module):
         setattr(self.found.parent, self.found.attribute, self.original)
         self.pool.release(self.index)
 
+    def seal(self) -> None:
+        """The blobs are complete: remember what they hold."""
+        self.is_filled, self.checksum = True, checksum(self.packed.blobs)
+        self.pool.spill(self.index)
+
     def is_intact(self) -> bool:
         """Whether the packed bytes are still those that `wrap` wrote."""
-        return checksum(self.packed.blobs) == self.checksum
+        return checksum(self.pool.blobs(self.index)) == self.checksum
 
     def unpacked(self) -> dict[str, Tensor]:
         """The weights as the original's parameters hold them: exact where the format is lossless."""
@@ -79,7 +91,8 @@ class PooledExperts(nn.Module):
             name: torch.empty(shape, dtype=self.dtype) for name, shape in self.shapes.items()
         }
         packed = self.packed
-        formats.unpack(packed.fmt, packed.layout, packed.blobs, self._described(tensors))
+        blobs = self.pool.blobs(self.index)
+        formats.unpack(packed.fmt, packed.layout, blobs, self.described(tensors))
         return tensors
 
     def reference(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -94,13 +107,8 @@ class PooledExperts(nn.Module):
             out: Tensor = _Differentiable.apply(self, hidden_states, top_k_index, top_k_weights)
             return out
         if torch.compiler.is_compiling():
-            return self.opaque(hidden_states, top_k_index, top_k_weights)
+            return opaque.experts(hidden_states, top_k_index, top_k_weights, self.number)
         return self.compute(hidden_states, top_k_index, top_k_weights)
-
-    @torch.compiler.disable
-    def opaque(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """`compute` as one graph break. Not on the way in eager mode: the guard costs 250 us cold."""
-        return self.compute(hidden, ids, weights)
 
     def compute(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """`forward` without gradients."""
@@ -119,39 +127,34 @@ class PooledExperts(nn.Module):
                 f"hidden_states must be [T, D] in float32, bfloat16 or float16, got "
                 f"{hidden.dtype} {tuple(hidden.shape)} in {self.name}"
             )
+        if self.hybrid is not None:
+            return self._shared(hidden, ids, weights)
         started = time.perf_counter()
         experts = _numpy(ids if ids.dtype == torch.int64 else ids.to(torch.int64))
         weights = weights if weights.dtype == torch.float32 else weights.to(torch.float32)
-        if self.hybrid is not None:
-            out = self._shared(hidden, experts, weights)
+        out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+        arrays = (_numpy(hidden), experts, _numpy(weights), _numpy(out))
+        how = (self.pool.workspace, formats.NATIVE[hidden.dtype], self.threads)
+        if self.pool.tier is None:
+            run_layer(self.packed, *arrays, *how)
         else:
-            out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-            run_layer(
-                self.packed,
-                _numpy(hidden),
-                experts,
-                _numpy(weights),
-                _numpy(out),
-                self.pool.workspace,
-                formats.NATIVE[hidden.dtype],
-                self.threads,
-            )
+            self.pool.tier.run(Job(self.index, self.packed, *arrays, *how))
         self.stats.record(self.index, experts, time.perf_counter() - started)
         return out
 
-    def _shared(self, hidden: Tensor, ids: np.ndarray, weights: Tensor) -> Tensor:
+    def _shared(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The layer on CPU and accelerator together, by the engine's plan; sums in float32."""
         assert self.hybrid is not None
-        if not ids.size:
+        if not ids.numel():
             return torch.zeros_like(hidden)
-        x = hidden.to("cpu", torch.float32)
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        call = Call(_numpy(x), ids, _numpy(weights), _numpy(out))
-        check_arguments(self.packed, *call, "float32")
-        self.hybrid.forward(self.index, call)
-        return out.to(hidden.device, hidden.dtype)
+        started = time.perf_counter()
+        early = self.early.launch if self.early is not None else None
+        out, load = self.hybrid.forward(self.index, (hidden, ids, weights), early)
+        seconds = time.perf_counter() - started
+        self.stats.add(self.index, len(ids), ids.numel(), load.experts.size, seconds)
+        return out.to(hidden.dtype)
 
-    def _described(self, tensors: dict[str, Tensor]) -> ExpertWeights:
+    def described(self, tensors: dict[str, Tensor]) -> ExpertWeights:
         """`ExpertWeights` views on other tensors of the original's shapes."""
         with self.borrowing, _Borrowed(self.original, tensors):
             return self.found.describe(self.original)
@@ -246,11 +249,17 @@ class _Differentiable(torch.autograd.Function):
 
 def pack_layer(weights: str, described: ExpertWeights) -> PackedLayer:
     """Pack the experts of one layer into memory of their own."""
+    layer = reserve(weights, described)
+    formats.pack(layer.fmt, layer.layout, described, layer.blobs)
+    return layer
+
+
+def reserve(weights: str, described: ExpertWeights) -> PackedLayer:
+    """Memory for the experts of one layer, all zero."""
     experts, matrices, inner, hidden = described.up.shape
     fmt = formats.format_of(weights, described.up.dtype)
     layout = expert_layout(fmt, hidden, inner, matrices == 2, described.up_bias is not None)
     blobs = allocate_blobs(experts, layout)
-    formats.pack(fmt, layout, described, blobs)
     return PackedLayer(fmt, layout, described.gate, hidden, blobs)
 
 

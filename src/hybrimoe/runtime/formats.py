@@ -55,6 +55,22 @@ def check_range(name: str, fmt: str, tensors: list[torch.Tensor]) -> None:
 def pack(fmt: str, layout: Layout, weights: ExpertWeights, blobs: np.ndarray) -> None:
     """Fill `blobs` [E, expert_bytes] uint8 with all experts of one layer."""
     _convert(packing.pack_experts, fmt, layout, weights, blobs)
+    pack_biases(layout, weights, blobs)
+
+
+def pack_part(
+    fmt: str, layout: Layout, weights: ExpertWeights, blobs: np.ndarray, down: bool
+) -> None:
+    """`pack` for the up (and gate) matrices alone, or the down matrices alone; no biases.
+
+    The tensor of the other part is not read and may be anything of its shape.
+    """
+    part = packing.ONLY_DOWN if down else packing.ONLY_UP
+    _convert(packing.pack_experts, fmt, layout, weights, blobs, part)
+
+
+def pack_biases(layout: Layout, weights: ExpertWeights, blobs: np.ndarray) -> None:
+    """Write the biases of all experts, where there are any."""
     if weights.up_bias is not None:
         for shard, up, down in _bias_views(layout, blobs):
             _place(weights, layout, shard, up, down)
@@ -96,7 +112,12 @@ def _bias_views(layout: Layout, blobs: np.ndarray) -> list[tuple[int, np.ndarray
 
 
 def _convert(
-    kernel: Any, fmt: str, layout: Layout, weights: ExpertWeights, blobs: np.ndarray
+    kernel: Any,
+    fmt: str,
+    layout: Layout,
+    weights: ExpertWeights,
+    blobs: np.ndarray,
+    part: int = 0,
 ) -> None:
     dtype = DTYPES[NATIVE[weights.up.dtype]]
     threads = launch.threads()
@@ -109,6 +130,7 @@ def _convert(
     )
     # fmt: on
     rows, work = np.empty((threads, 32), np.float32), np.zeros(8, np.int64)
+    work[3] = part
     with launch.lock:
         kernel(FORMATS[fmt], dtype, threads, layout, tensors, blobs, rows, work)
     if work[1]:

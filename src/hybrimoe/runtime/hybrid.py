@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import threading
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
+from torch import Tensor
 
-from hybrimoe.errors import ConfigError
+from hybrimoe.config import Config
+from hybrimoe.errors import ConfigError, DeviceLostError
+from hybrimoe.kernels.moe import PackedLayer
 from hybrimoe.policy.cache import Cache
 from hybrimoe.policy.cost import CostModel
-from hybrimoe.policy.engine import Engine, Policies
+from hybrimoe.policy.engine import Engine
 from hybrimoe.policy.forecaster import Markov
-from hybrimoe.policy.profiles import Shape, profile
-from hybrimoe.policy.routing import Load
-from hybrimoe.policy.simulator import expert_budget
-from hybrimoe.policy.timeline import Lane
+from hybrimoe.policy.presets import preset
+from hybrimoe.policy.routing import Forecast, Load
+from hybrimoe.policy.timeline import Lane, Span, Timeline
+from hybrimoe.runtime.calibration import calibrated, pooled_subject, stand_in
 from hybrimoe.runtime.device import Accelerator
-from hybrimoe.runtime.executor import Call, TorchExecutor
+from hybrimoe.runtime.executor import TorchExecutor
+from hybrimoe.runtime.guard import DECODE, Guard
+from hybrimoe.runtime.intake import Intake
+from hybrimoe.runtime.memory import Experts, SlotMemory, reserve, slot_count
+from hybrimoe.runtime.meter import Step
+from hybrimoe.runtime.pinning import Pinned
 from hybrimoe.runtime.pool import ExpertPool
+
+ENDING = (Lane.CPU, Lane.GPU, Lane.LINK)
+REFINE_AFTER = 500  # measured spans, that is a few tokens' worth
 
 
 @dataclass
@@ -28,6 +42,7 @@ class LayerCounts:
 
     hits: int = 0
     misses: int = 0
+    late: int = 0
     gpu_experts: int = 0
     cpu_experts: int = 0
 
@@ -38,46 +53,139 @@ class Hybrid:
     def __init__(
         self,
         pool: ExpertPool,
-        policies: Policies,
+        config: Config,
         accelerator: Accelerator,
-        vram: int | float | str | None,
         top_k: int,
         threads: int | None = None,
+        kv: int = 0,
     ) -> None:
-        self.pool, self.accelerator, self.policies = pool, accelerator, policies
+        self.pool, self.accelerator = pool, accelerator
+        self.policies = policies = config.policies()
         layers = [layer for layer in pool.layers if layer]
         self.experts = max(len(layer.blobs) for layer in layers)
-        self.cost = cost_of(pool)
-        slots = slot_count(vram, pool, top_k, len(layers))
+        self.cost = cost_of(pool, accelerator, threads, config.deterministic)
+        free = accelerator.free_bytes()
+        kept = reserve(free or 0, kv)
+        slots = slot_count(config.vram, counted(layers), free, kept)
         self.cache = Cache(policies.ranking, slots, len(layers), self.experts, top_k)
-        self.executor = TorchExecutor(pool, self.cache, self.cost, accelerator, threads)
+        self.executor = TorchExecutor(pool, self.cache, self.cost, accelerator, threads, config.trace)
+        self.meter = self.executor.meter
         markov = Markov(len(layers), self.experts, top_k, depth=max(policies.prefetcher.depth, 1))
-        self.engine = Engine(policies, self.cache, self.cost, self.executor, forecaster=markov)
-        for layer in layers:
-            accelerator.pin(layer.blobs)
-        self.executor.fill(self.cache.fill())
+        self.engine = Engine(
+            *(policies, self.cache, self.cost, self.executor),
+            timeline=Timeline(trace=config.trace),
+            forecaster=markov,
+            fallback=None if config.strict else preset("hybrimoe"),
+        )
+        # Real time decides nothing where it means nothing, or where placement must repeat itself.
+        self.timed = accelerator.measured and not config.deterministic
+        self.guard = Guard(self.engine) if self.timed and config.leaves_policies_open else None
+        self.memory = SlotMemory(self.engine, self.executor, accelerator, len(layers))
+        self.pinned = Pinned(accelerator)
+        try:
+            tier = pool.tier
+            blobs = [layer.blobs for layer in layers] if tier is None else [tier.slab]
+            refused = self.pinned.pin(blobs)
+            if refused:
+                warnings.warn(refused, RuntimeWarning, stacklevel=2)
+            self.memory.start(config.vram, kept)
+        except BaseException:
+            self.close()
+            raise
         self.counts = [LayerCounts() for _ in layers]
+        self.meter.reset()
+        self.intake = Intake(accelerator, len(layers), self.experts)
+        self._took = math.inf  # predicted seconds of the layer before
         self.lock = threading.Lock()  # the engine's books are shared by all callers
 
-    def forward(self, layer: int, call: Call) -> None:
-        """Fill `call.out` with the layer's output."""
+    def forward(
+        self,
+        layer: int,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        early: Callable[[], None] | None = None,
+    ) -> tuple[Tensor, Load]:
+        """A layer's output [T, D] float32 where the model computes, and what it asked for.
+
+        inputs: hidden states [T, D], ids [T, K] and weights [T, K]. early: launches what else may
+        run while the CPU has its share.
+        """
         with self.lock:
-            self.executor.call = call
+            executor = self.executor
+            taken = self.memory.within(
+                lambda: self.intake.take(
+                    layer, self.pool.layer(layer), inputs, self._depth(layer), early
+                )
+            )
+            executor.call, load, forecasts = taken
             try:
-                load = load_of(layer, call.ids, call.weights, self.experts)
-                before = self.engine.hits, self.engine.misses
-                plan = self.engine.step(load)
-                self._count(layer, before, plan.gpu.size, plan.cpu.size)
+                before = self.engine.timeline.now
+                self._step(load, forecasts, tokens=len(inputs[1]))
+                self._took = self.engine.timeline.now - before
+                assert executor.out is not None
+                return executor.out, load
             finally:
-                self.executor.call = None
+                executor.call = executor.out = None
+
+    def _depth(self, layer: int) -> int:
+        """Layers to forecast: none if no copy would follow, because all is there or in the way."""
+        engine, timeline = self.engine, self.engine.timeline
+        depth = engine.policies.prefetcher.depth
+        if not depth or timeline.free[Lane.LINK] > timeline.now + self._took:
+            return 0
+        upcoming = self.cache.slot[layer + 1 : layer + 1 + depth]
+        return depth if (upcoming < 0).any() else 0
+
+    def begin(self) -> None:
+        """A forward pass of the whole model starts: what it has grown by may need room."""
+        with self.lock:
+            self.memory.relieve()
+
+    def end(self) -> None:
+        """A forward pass of the whole model is over."""
+        if self.guard is not None:
+            self.guard.end(self.meter.now())
+
+    def _step(self, load: Load, forecasts: Sequence[Forecast], tokens: int) -> None:
+        """One layer through the engine, on the clock."""
+        engine, meter, started = self.engine, self.meter, self.meter.now()
+        if self.timed:
+            engine.timeline.sync(started)
+            engine.timeline.free[Lane.GPU] += self.cost.gpu_first  # no expert starts sooner
+            if load.layer == 0:
+                self._refine()
+        if self.guard is not None and self.memory.slots:
+            if load.layer == 0:
+                self.guard.begin(started, tokens)
+            self.guard.plan(load, self.cost)
+        before = engine.hits, engine.misses, engine.late
+        plan = self.memory.run(load, forecasts)
+        self._count(load.layer, before, plan.gpu.size, plan.cpu.size)
+        seconds, executor = meter.now() - started, self.executor
+        planning = Span(Lane.POLICY, started, seconds - executor.spent_s, "policies", load.layer)
+        meter.ran(planning)
+        copied = plan.copies.size > 0
+        step = Step(load.layer, started, executor.cpu_end, executor.launched, copied)
+        meter.ended(step, seconds)
+        if tokens <= DECODE:
+            absent = engine.misses + engine.late - before[1] - before[2]
+            meter.decoded(seconds, load.experts.size - absent, absent, self.cost)
+
+    def _refine(self) -> None:
+        """Move the cost table towards what was measured."""
+        if len(self.meter.recent) < REFINE_AFTER:
+            return
+        self.cost = self.cost.refined(self.meter.take())
+        self.engine.cost = self.executor.books.cost = self.cost
 
     def to_dict(self) -> dict[str, Any]:
         """Totals for the report; seconds are measured, uploads and bytes are counted."""
-        engine, books = self.engine, self.executor.books
+        engine, books, meter = self.engine, self.executor.books, self.meter
+        self._settle()
         activated = engine.hits + engine.misses + engine.late
         return {
             "device": self.accelerator.name,
             "slots": self.cache.slots,
+            "memory": self.memory.to_dict() | {"pinned_bytes": self.pinned.nbytes},
             "hit_rate": engine.hits / activated if activated else 0.0,
             "hits": engine.hits,
             "misses": engine.misses,
@@ -86,60 +194,89 @@ class Hybrid:
             "link_bytes": int(books.link_bytes),
             "gpu_experts": sum(c.gpu_experts for c in self.counts),
             "cpu_experts": sum(c.cpu_experts for c in self.counts),
-            "cpu_s": self.executor.cpu_s,
-            "join_s": self.executor.join_s,
+            "layer_s": float(meter.total.sum()),
+            "wait_s": float(meter.wait.sum()),
+            "lane_s": {lane.name: float(meter.seconds[:, lane].sum()) for lane in Lane},
             "predicted_lane_s": {lane.name: float(books.busy[lane]) for lane in Lane},
+            "ended_last": {lane.name: int(meter.held_up[:, lane].sum()) for lane in ENDING},
+            "bound_share": self._bound_share(),
+            "guard": self.guard.to_dict() if self.guard else None,
+            "replaced": dict(engine.replaced),
+            "layers": [self._layer(index) for index in range(len(self.counts))],
         }
+
+    def spans(self) -> dict[str, list[Span]]:
+        """Measured and predicted spans since the last reset; ConfigError without `trace=True`."""
+        self._settle()
+        predicted, measured = self.engine.timeline.spans, self.meter.spans
+        if predicted is None or measured is None:
+            raise ConfigError("spans are kept with hybrimoe.wrap(model, trace=True) only")
+        return {"predicted": predicted, "measured": measured}
 
     def reset(self) -> None:
         """Start counting anew; the cache keeps what it has learnt."""
+        self._settle()
         engine, books = self.engine, self.executor.books
         engine.hits = engine.misses = engine.late = books.uploads = books.link_bytes = 0
         books.busy[:] = 0
-        self.executor.cpu_s = self.executor.join_s = 0.0
         self.counts = [LayerCounts() for _ in self.counts]
+        self.meter.reset()
+        if engine.timeline.spans is not None:
+            engine.timeline.spans.clear()
+
+    def _settle(self) -> None:
+        """Wait for what is under way, and book it."""
+        with contextlib.suppress(DeviceLostError):
+            self.accelerator.synchronize()
+            self.meter.settle()
 
     def close(self) -> None:
-        """Let go of the host memory, which is about to be freed."""
-        for layer in self.pool.layers:
-            if layer is not None:
-                self.accelerator.unpin(layer.blobs)
+        """Let go of the memory of both sides; the host's is about to be freed."""
+        with contextlib.suppress(DeviceLostError):
+            self.accelerator.synchronize()  # background copies still read it
+            self.accelerator.allocate(0, 0)
+        self.pinned.unpin()
 
-    def _count(self, layer: int, before: tuple[int, int], gpu: int, cpu: int) -> None:
+    def _bound_share(self) -> float | None:
+        """How close decode comes to reading its weights at full speed, where times mean anything."""
+        meter = self.meter
+        known = self.accelerator.measured and meter.decode_s > 0
+        return meter.bound_s / meter.decode_s if known else None
+
+    def _layer(self, index: int) -> dict[str, Any]:
+        """One layer's counts and seconds."""
+        meter = self.meter
+        lanes = {f"{lane.name.lower()}_s": float(meter.seconds[index, lane]) for lane in Lane}
+        whole = {"layer_s": float(meter.total[index]), "wait_s": float(meter.wait[index])}
+        return asdict(self.counts[index]) | whole | lanes
+
+    def _count(self, layer: int, before: tuple[int, int, int], gpu: int, cpu: int) -> None:
         counts = self.counts[layer]
         counts.hits += self.engine.hits - before[0]
         counts.misses += self.engine.misses - before[1]
+        counts.late += self.engine.late - before[2]
         counts.gpu_experts += gpu
         counts.cpu_experts += cpu
 
 
-def load_of(layer: int, ids: np.ndarray, weights: np.ndarray, experts: int) -> Load:
-    """One layer's `Load` from its routing; ids, weights [T, K]."""
-    flat = ids.reshape(-1)
-    tokens = np.bincount(flat, minlength=experts)
-    activated = np.flatnonzero(tokens).astype(np.int32)
-    scores = np.bincount(flat, weights=weights.reshape(-1), minlength=experts).astype(np.float32)
-    return Load(layer, activated, tokens[activated].astype(np.int32), scores)
+def cost_of(
+    pool: ExpertPool, accelerator: Accelerator, threads: int | None, deterministic: bool = False
+) -> CostModel:
+    """A cost table for the pool's largest expert: this machine's, if its times mean anything.
+
+    The first wrap on a machine measures it for some seconds. A shipped profile's table stands in on
+    an emulated accelerator, and where placement must not depend on measurements.
+    """
+    subject = pooled_subject(pool)
+    if deterministic or not accelerator.measured:
+        return stand_in(subject.layout)
+    return calibrated(subject, accelerator, threads)
 
 
-def cost_of(pool: ExpertPool, machine: str = "desktop") -> CostModel:
-    """A cost table for the pool's largest expert on a shipped hardware profile."""
-    largest = max((layer for layer in pool.layers if layer), key=lambda p: p.layout.expert_bytes)
-    layout = largest.layout
-    weights = 3 * layout.hidden * layout.inner
-    shape = Shape(layout.hidden, layout.inner, layout.hidden**2, layout.expert_bytes / weights)
-    numbers = profile(machine).cost(shape).to_dict()
-    return CostModel.from_dict(numbers | {"shards": layout.shards})
-
-
-def slot_count(vram: int | float | str | None, pool: ExpertPool, top_k: int, layers: int) -> int:
-    """Expert slots that a budget holds; None means a quarter of all experts."""
-    largest = max(layer.layout.expert_bytes for layer in pool.layers if layer)
-    total = sum(len(layer.blobs) for layer in pool.layers if layer)
-    slots = int(expert_budget(0.25 if vram is None else vram, total * largest) // largest)
-    if slots < layers:
-        raise ConfigError(
-            f"vram must hold at least one expert of {largest} bytes per layer, that is "
-            f"{layers * largest} bytes for {layers} layers, got {vram!r}, which holds {slots}"
-        )
-    return min(slots, total)
+def counted(layers: list[PackedLayer]) -> Experts:
+    """What slots are counted by."""
+    return Experts(
+        sum(len(layer.blobs) for layer in layers),
+        len(layers),
+        max(layer.layout.expert_bytes for layer in layers),
+    )

@@ -64,7 +64,8 @@ class Meter:
         """A layer's step is over for the host; the accelerator may still be at it."""
         self.total[step.layer] += seconds
         self._steps.append(step)
-        self.settle()
+        if step.layer == 0:  # once per pass: asking costs more than remembering
+            self.settle()
 
     def decoded(self, seconds: float, here: int, absent: int, cost: CostModel) -> None:
         """A step with few tokens, against the time in which its weights could have been read.

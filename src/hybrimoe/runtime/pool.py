@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -10,11 +11,21 @@ from hybrimoe.errors import WrappedModelError
 from hybrimoe.kernels.layout import Layout
 from hybrimoe.kernels.moe import PackedLayer, Workspace
 
+if TYPE_CHECKING:
+    from hybrimoe.runtime.disk import DiskTier
+
+ON_DISK = np.full((), 0xFF, np.uint8)
+"""What a layer on disk shows for its bytes: it takes no memory, and as numbers they are NaN."""
+
 
 class ExpertPool:
-    """Keeps every expert of a model exactly once in host RAM, plus the buffers to compute them."""
+    """Keeps every expert of a model exactly once, plus the buffers to compute them.
+
+    tier: where the layers lie that do not fit into RAM; None if all of them do.
+    """
 
     def __init__(self) -> None:
+        self.tier: DiskTier | None = None
         self.layers: list[PackedLayer | None] = []
         self.workspace = Workspace()
 
@@ -37,25 +48,46 @@ class ExpertPool:
             )
         return layer
 
+    def blobs(self, index: int) -> np.ndarray:
+        """A layer's packed experts [E, expert_bytes] uint8, read from the disk if they are there."""
+        found = self.layer(index).blobs
+        return found if self.tier is None or found.strides[0] else self.tier.blobs(index)
+
+    def spill(self, index: int) -> None:
+        """The blobs of a layer are complete: write them to the disk, if there is a tier."""
+        if self.tier is not None:
+            self.tier.backing.write(index, self.layer(index).blobs)
+            self.leave_on_disk(index)
+
+    def leave_on_disk(self, index: int) -> None:
+        """Free the memory of a layer that the tier can read."""
+        layer = self.layer(index)
+        self.layers[index] = layer._replace(blobs=np.broadcast_to(ON_DISK, layer.blobs.shape))
+
     def release(self, index: int) -> None:
         """Give the memory of one layer back to the system."""
         self.layers[index] = None
 
 
 def allocate_blobs(experts: int, layout: Layout) -> np.ndarray:
-    """Zeroed memory for one layer, [E, expert_bytes] uint8, page-aligned.
+    """Zeroed memory for one layer, [E, expert_bytes] uint8, page-aligned."""
+    return allocate(experts, layout.expert_bytes)
+
+
+def allocate(rows: int, row_bytes: int) -> np.ndarray:
+    """Zeroed memory, [rows, row_bytes] uint8, page-aligned, which is taken page by page when used.
 
     Anonymous pages of their own return to the system when the array dies, unlike malloc's; huge
     pages spare the TLB a miss per 4 KiB while weights stream.
     """
-    size = experts * layout.expert_bytes
+    size = rows * row_bytes
     private = getattr(mmap, "MAP_PRIVATE", None)
     if private is None:  # Windows: mmap knows no flags there
-        return np.frombuffer(mmap.mmap(-1, size), np.uint8).reshape(experts, -1)
+        return np.frombuffer(mmap.mmap(-1, size), np.uint8).reshape(rows, -1)
     memory = mmap.mmap(-1, size, flags=private | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(memory, np.uint8).reshape(experts, -1)
+    return np.frombuffer(memory, np.uint8).reshape(rows, -1)
 
 
 def checksum(blobs: np.ndarray) -> int:

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from hybrimoe.errors import ConfigError, TraceError
 from hybrimoe.policy.recording import TraceRecorder
+from hybrimoe.policy.router_output import read_forecast
 from hybrimoe.policy.routing import Forecast, RoutingTrace
 from hybrimoe.policy.timeline import Array
 from hybrimoe.runtime.adapters import FoundExperts, find_experts
 from hybrimoe.runtime.experts import PooledExperts
-from hybrimoe.runtime.routers import Seat, look_ahead
+from hybrimoe.runtime.intake import as_array
+from hybrimoe.runtime.routers import look_ahead, seats_of
 
 DEPTH = 3
 """Layers that forecasts look ahead, as the paper does."""
@@ -66,7 +68,7 @@ class _Recording:
         self, model: nn.Module, found: list[tuple[FoundExperts, nn.Module]], depth: int
     ) -> None:
         self.found, self.depth = found, depth
-        self.seats = [Seat(experts.parent) for experts, _ in found]
+        self.seats = seats_of(model, [experts.name for experts, _ in found])
         self.experts = max(_sizes(*layer)[0] for layer in found)
         self.model = model_name(model)
         self.shape = expert_shape(model, found)
@@ -122,9 +124,13 @@ class _Recording:
         best, scores = ids.gather(1, order), weights.float().gather(1, order)
         forecasts: list[Forecast] = []
         if logits is not None:
-            best, scores = _with_others(best, scores, logits)
+            best, scores = _with_others(best, scores, logits.float())
             ahead = look_ahead(self.seats, layer, place, self.depth, self.experts)
-            forecasts = [_forecast(*said) for said in ahead]
+            forecasts = [
+                read_forecast(target, as_array(chosen.cpu(), torch.int64), as_array(said.cpu()))
+                for target, chosen, said in ahead
+            ]
+        self.seats[layer].forget()
         return _Layer(best.cpu().numpy(), scores.cpu().numpy(), ids.shape[1], forecasts)
 
     def _leave(self, model: nn.Module, args: Any, output: Any) -> None:
@@ -204,20 +210,3 @@ def _with_others(best: Tensor, scores: Tensor, logits: Tensor) -> tuple[Tensor, 
     more = min(best.shape[1], logits.shape[1] - best.shape[1])
     value, index = others.topk(more, dim=1)
     return torch.cat([best, index], 1), torch.cat([scores, value * scale], 1)
-
-
-def _forecast(layer: int, ids: Tensor, logits: Tensor) -> Forecast:
-    """Expected tokens of each expert that any token would choose, most expected first.
-
-    A choice that beats the first expert left out by much is surer than one that beats it by little.
-    """
-    k, experts = ids.shape[1], logits.shape[1]
-    edge = logits.topk(min(k + 1, experts), dim=1).values[:, -2:].mean(1, keepdim=True)
-    sure = torch.sigmoid(logits.gather(1, ids) - edge)
-    expected = torch.zeros(experts, device=logits.device)
-    expected.index_add_(0, ids.reshape(-1), sure.reshape(-1))
-    order = expected.argsort(descending=True, stable=True)
-    order = order[: int((expected > 0).sum())]
-    value = expected[order].cpu().numpy()
-    tokens = value.round().clip(1).astype("int32")
-    return Forecast(layer, order.to(torch.int32).cpu().numpy(), tokens, value / tokens)

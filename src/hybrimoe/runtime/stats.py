@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
 
 @dataclass
@@ -33,13 +34,18 @@ class Stats:
 
     def record(self, layer: int, ids: np.ndarray, seconds: float) -> None:
         """Count one launch of a layer; ids [T, K]."""
+        tokens = ids.shape[0]
+        self.add(layer, tokens, ids.size, np.unique(ids).size if tokens > 1 else ids.size, seconds)
+
+    def add(self, layer: int, tokens: int, pairs: int, activated: int, seconds: float) -> None:
+        """Count one launch of a layer of which all numbers are known."""
         while len(self.layers) <= layer:
             self.layers.append(LayerStats())
         counts = self.layers[layer]
         counts.launches += 1
-        counts.tokens += ids.shape[0]
-        counts.pairs += ids.size
-        counts.activated += np.unique(ids).size if ids.shape[0] > 1 else ids.size
+        counts.tokens += tokens
+        counts.pairs += pairs
+        counts.activated += activated
         counts.seconds += seconds
 
     def reset(self) -> None:
@@ -48,10 +54,13 @@ class Stats:
 
     def enter(self, module: Any, args: Any, kwargs: Any) -> None:
         """Forward pre-hook of the model: the clock of a pass starts."""
-        self._entered = time.perf_counter()
+        if not torch.compiler.is_compiling():  # a compiled graph has no clock
+            self._entered = time.perf_counter()
 
     def leave(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
         """Forward hook of the model: the clock stops; the shape tells prefill from decode."""
+        if torch.compiler.is_compiling():
+            return
         seconds = time.perf_counter() - self._entered
         ids = kwargs.get("input_ids", args[0] if args else kwargs.get("inputs_embeds"))
         batch, length = (

@@ -1,0 +1,101 @@
+"""What a checkpoint holds, on disk or on the hub, read from headers and nothing else."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from hybrimoe.errors import CheckpointError, CheckpointNotFoundError
+from hybrimoe.runtime.checkpoints import CONVERT, INDEX, WEIGHTS, examine_folder
+from hybrimoe.runtime.skeleton import first_line
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """place: "folder", "cache" or "hub". stored: bytes by dtype, as safetensors names it."""
+
+    name: str
+    place: str
+    files: int
+    tensors: int
+    stored: dict[str, int]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors as they are stored."""
+        return sum(self.stored.values())
+
+
+def read_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
+    """Read the headers of a local folder, of a snapshot in the cache, or of a repository.
+
+    Raises CheckpointNotFoundError where there is none, CheckpointError where it cannot be used.
+    """
+    folder = Path(name)
+    if name and folder.is_dir():
+        return _read_folder(name, folder, "folder")
+    if not name or folder.exists() or name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise CheckpointNotFoundError(f"{name!r} is no folder with a checkpoint")
+    snapshot = _snapshot(name, revision)
+    if snapshot is not None:
+        return _read_folder(name, snapshot, "cache")
+    return _read_hub(name, revision)
+
+
+def _read_folder(name: str, folder: Path, place: str) -> Checkpoint:
+    found = examine_folder(folder)
+    stored = _by_dtype((tensor.dtype, tensor.nbytes) for tensor in found.values())
+    files = {tensor.path for tensor in found.values()}
+    return Checkpoint(name, place, len(files), len(found), stored)
+
+
+def _by_dtype(tensors: Iterable[tuple[str, int]]) -> dict[str, int]:
+    stored: Counter[str] = Counter()
+    for dtype, size in tensors:
+        stored[dtype] += size
+    return dict(stored)
+
+
+def _snapshot(name: str, revision: str | None) -> Path | None:
+    """The repository in the cache, if all of its weights have been downloaded."""
+    from huggingface_hub import try_to_load_from_cache  # not needed for what is on disk
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = [try_to_load_from_cache(name, f, revision=revision) for f in (WEIGHTS, INDEX)]
+    except HFValidationError as error:
+        raise CheckpointNotFoundError(
+            f"{name!r} is no folder, and no name on the hub either: {first_line(error)}"
+        ) from error
+    folders = [Path(path).parent for path in found if isinstance(path, str)]
+    if not folders:
+        return None
+    try:
+        examine_folder(folders[0])
+    except CheckpointError:  # not downloaded to the end; the hub has the rest
+        return None
+    return folders[0]
+
+
+def _read_hub(name: str, revision: str | None) -> Checkpoint:
+    """The same from the hub, by requests for the first bytes of each file."""
+    from huggingface_hub import HfApi
+    from huggingface_hub import errors as hub
+
+    try:
+        found = HfApi().get_safetensors_metadata(name, revision=revision)
+    except hub.NotASafetensorsRepoError as error:
+        raise CheckpointError(f"{name} has no safetensors on the hub: {CONVERT}") from error
+    except hub.SafetensorsParsingError as error:
+        raise CheckpointError(f"{name} on the hub: {first_line(error)}") from error
+    except (hub.HfHubHTTPError, hub.OfflineModeIsEnabled, OSError, RuntimeError) as error:
+        raise CheckpointNotFoundError(
+            f"{name} is no folder here and not in the cache, and the hub does not give it: "
+            f"{first_line(error)}"
+        ) from error
+    files = found.files_metadata.values()
+    tensors = [tensor for file in files for tensor in file.tensors.values()]
+    sizes = ((t.dtype, t.data_offsets[1] - t.data_offsets[0]) for t in tensors)
+    return Checkpoint(name, "hub", len(files), len(tensors), _by_dtype(sizes))

@@ -1,0 +1,257 @@
+"""Will it fit, and how fast will it be: answered from shapes, before anything is allocated."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hybrimoe import plan_text
+from hybrimoe.checkpoint_headers import Checkpoint, read_checkpoint
+from hybrimoe.config import WEIGHTS
+from hybrimoe.errors import ConfigError, InsufficientMemoryError, WrappedModelError
+from hybrimoe.placement import Budget, Placement, choose, nearest, place
+from hybrimoe.policy.sizes import parse_size
+from hybrimoe.runtime.footprint import Footprint, footprint_of
+from hybrimoe.runtime.host import MARGIN, HostMemory, host_memory, size_text
+from hybrimoe.runtime.skeleton import (
+    build_skeleton,
+    kept_dtypes,
+    packs_on_arrival,
+    read_config,
+    weight_dtype,
+)
+from hybrimoe.speed import Speed, expected_speed
+
+
+@dataclass(frozen=True)
+class FormatPlan:
+    """One weight format: bytes of the packed experts, of host memory, and whether it fits."""
+
+    weights: str
+    experts_bytes: int
+    peak_bytes: int
+    steady_bytes: int
+    fits: bool
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Where the bytes of a model go on this machine, and whether they fit. Bytes and seconds.
+
+    parts: dense, experts, kv_cache, activations, workspace. layers: packed experts by layer.
+    gpu, ram: what lies where once the model runs. load_peak_bytes, steady_bytes: host memory while
+    it loads, and while `context` tokens are generated; have_bytes: what can be had.
+    gpu_have_bytes: None without a GPU. traced: cache and activations were counted on the model
+    itself, not estimated. call: what to run, or what fits instead; empty where nothing does.
+    """
+
+    model: str
+    family: str
+    weights: str
+    context: int
+    experts: int
+    top_k: int
+    slots: int
+    parts: dict[str, int]
+    layers: dict[str, int]
+    gpu: dict[str, int]
+    ram: dict[str, int]
+    load_peak_bytes: int
+    steady_bytes: int
+    have_bytes: int
+    have_limit: str
+    gpu_have_bytes: int | None
+    fits: bool
+    nearest: str
+    call: str
+    formats: tuple[FormatPlan, ...]
+    traced: bool
+    checkpoint: Checkpoint | None
+    speed: Speed | None
+    notes: tuple[str, ...]
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most host memory it takes, loading or running."""
+        return max(self.load_peak_bytes, self.steady_bytes)
+
+    @property
+    def gpu_bytes(self) -> int:
+        """Everything on the GPU."""
+        return sum(self.gpu.values())
+
+    def ensure_fits(self) -> MemoryPlan:
+        """Return the plan, or raise InsufficientMemoryError with need, have and what would work."""
+        if self.fits:
+            return self
+        need, have, where = self.peak_bytes, self.have_bytes, f"host memory ({self.have_limit})"
+        if need <= have:
+            need, have, where = self.gpu_bytes, self.gpu_have_bytes or 0, "GPU memory"
+        raise InsufficientMemoryError(
+            f"{self.model} with weights={self.weights!r} and {self.context} tokens needs "
+            f"{size_text(need)} of {where}, {size_text(have)} can be had; {self.nearest}",
+            need=need,
+            have=have,
+            nearest=self.nearest,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain data."""
+        return asdict(self) | {"peak_bytes": self.peak_bytes, "gpu_bytes": self.gpu_bytes}
+
+    def __str__(self) -> str:
+        return plan_text.as_text(self)
+
+    def _repr_html_(self) -> str:
+        return plan_text.as_html(self)
+
+
+def plan(
+    model: str | Path | nn.Module,
+    vram: int | float | str | None = None,
+    ram: int | float | str | None = None,
+    weights: str | None = None,
+    context: int = 4096,
+    revision: str | None = None,
+) -> MemoryPlan:
+    """What a model takes on this machine, from config.json and safetensors headers only.
+
+    model: a folder or a name on the hub, planned for `from_pretrained`; or a loaded model, for `wrap`.
+    vram: for expert slots, as in `Config`; None takes what a GPU has left, if there is one.
+    ram: host memory to plan with: bytes, "16GiB" or a fraction of what can be had; None is all.
+    weights: "native", "int8" or "int4"; None takes the most precise one that fits.
+    context: tokens of prompt and answer together, of one sequence.
+    Raises CheckpointNotFoundError, CheckpointError or UnsupportedModelError. A model that does not
+    fit is no error until `ensure_fits`.
+    """
+    if weights is not None and weights not in WEIGHTS:
+        raise ConfigError(f"weights must be one of {', '.join(WEIGHTS)} or None, got {weights!r}")
+    if isinstance(context, bool) or not isinstance(context, int) or context < 1:
+        raise ConfigError(f"context must be a positive number of tokens, got {context!r}")
+    if vram is not None:
+        parse_size("vram", vram)
+    budget = Budget(vram, _host(ram), _gpu_free())
+    if isinstance(model, nn.Module):
+        return _of_model(model, budget, weights, context)
+    return _of_name(str(model), budget, weights, context, revision)
+
+
+def _host(ram: int | float | str | None) -> HostMemory:
+    """Memory to plan with; a margin is left of what was measured."""
+    have = host_memory()
+    if ram is None:
+        return HostMemory(max(have.free - MARGIN, 0), have.limit)
+    size = parse_size("ram", ram)
+    if isinstance(size, float):
+        return HostMemory(int(size * have.free), f"{size:.0%} of the {have.limit}")
+    return HostMemory(size, f"ram={ram!r}")
+
+
+def _gpu_free() -> int | None:
+    return int(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else None
+
+
+def _gpu_name() -> str | None:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+def _of_name(
+    name: str, budget: Budget, weights: str | None, context: int, revision: str | None
+) -> MemoryPlan:
+    checkpoint = read_checkpoint(name, revision)
+    config = read_config(name, revision)
+    dtype = weight_dtype(config, checkpoint.stored)
+    skeleton = build_skeleton(config, dtype)
+    stored, streams = checkpoint.tensors, packs_on_arrival(skeleton)
+    footprint = footprint_of(skeleton, context, kept=kept_dtypes(skeleton, dtype))
+    footprint = replace(footprint, stored=stored, streams=streams)
+    call = f"from_pretrained({name!r}"
+    if revision is not None:
+        call += f", revision={revision!r}"
+    if getattr(config, "quantization_config", None):
+        call, budget = "wrap(model", replace(budget, wraps=True)
+    plan = _assemble(name, skeleton, footprint, budget, weights, call)
+    notes = _notes(footprint, checkpoint, config)
+    return replace(plan, checkpoint=checkpoint, notes=notes + plan.notes)
+
+
+def _of_model(model: Any, budget: Budget, weights: str | None, context: int) -> MemoryPlan:
+    if hasattr(model, "hybrimoe"):
+        raise WrappedModelError(
+            "plan takes a model before it is wrapped; see model.hybrimoe.report()"
+        )
+    skeleton = build_skeleton(model.config, next(model.parameters()).dtype, type(model))
+    footprint = footprint_of(model, context, skeleton)
+    held = footprint.dense_bytes + footprint.native_bytes
+    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+    return _assemble(
+        name, model, footprint, replace(budget, held=held, wraps=True), weights, "wrap(model"
+    )
+
+
+def _assemble(
+    name: str,
+    model: Any,
+    footprint: Footprint,
+    budget: Budget,
+    weights: str | None,
+    call: str,
+) -> MemoryPlan:
+    placements = {fmt: place(footprint, fmt, budget) for fmt in WEIGHTS}
+    chosen = choose(placements, weights)
+    text, setting = nearest(footprint, placements, chosen, budget)
+    keywords = "".join(f", {key}={value!r}" for key, value in (setting or {}).items())
+    estimated = "the KV cache and activations are estimated by a formula, not counted"
+    return MemoryPlan(
+        model=name,
+        family=type(model).__name__,
+        weights=chosen.weights,
+        context=footprint.context,
+        experts=footprint.experts,
+        top_k=footprint.top_k,
+        slots=chosen.slots,
+        parts=chosen.parts,
+        layers={layer.name: layer.packed_bytes(chosen.weights) for layer in footprint.layers},
+        gpu=chosen.gpu,
+        ram=chosen.ram,
+        load_peak_bytes=chosen.load_peak,
+        steady_bytes=chosen.steady,
+        have_bytes=budget.room,
+        have_limit=budget.host.limit,
+        gpu_have_bytes=budget.gpu_free,
+        fits=chosen.fits,
+        nearest=text,
+        call=f"hybrimoe.{call}{keywords})" if setting else "",
+        formats=tuple(map(_format, placements.values())),
+        traced=footprint.forward.traced,
+        checkpoint=None,
+        speed=expected_speed(footprint, chosen.weights, chosen.slots, _gpu_name()),
+        notes=() if footprint.forward.traced else (estimated,),
+    )
+
+
+def _format(placed: Placement) -> FormatPlan:
+    sizes = placed.parts["experts"], placed.peak, placed.steady
+    return FormatPlan(placed.weights, *sizes, placed.fits)
+
+
+def _notes(footprint: Footprint, checkpoint: Checkpoint, config: Any) -> tuple[str, ...]:
+    """What a reader of the numbers should know about the files behind them."""
+    stored, built = checkpoint.nbytes, footprint.dense_bytes + footprint.native_bytes
+    quantized = getattr(config, "quantization_config", None)
+    if quantized:
+        method = quantized.get("quant_method", "quantized") if isinstance(quantized, dict) else ""
+        return (
+            f"the files hold {size_text(stored)} {method or 'quantized'}: load them with transformers, "
+            f"dequantized, which takes {size_text(built)}, and wrap the model",
+        )
+    if abs(stored - built) > 0.05 * built:
+        return (
+            f"the files hold {size_text(stored)}, the model that transformers builds "
+            f"{size_text(built)}: other parts, another dtype, or missing weights",
+        )
+    return ()

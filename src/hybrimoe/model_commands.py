@@ -1,0 +1,288 @@
+"""`hybrimoe plan`, `generate`, `bench` and `doctor`: what a new user types first."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from typing import Any
+
+from hybrimoe.config import DEVICES, WEIGHTS
+from hybrimoe.errors import ConfigError, HybriMoEError
+from hybrimoe.policy.sizes import parse_size
+
+CONTEXT = 4096
+
+
+def add_plan(commands: Any) -> None:
+    """The arguments of `hybrimoe plan`."""
+    parser = commands.add_parser("plan", help="will a model fit, and how fast will it be")
+    _add_name(parser)
+    parser.add_argument("--vram", type=_size("vram"), help="for expert slots on the GPU")
+    parser.add_argument("--ram", type=_size("ram"), help="host memory to plan with (all of it)")
+    parser.add_argument("--weights", choices=WEIGHTS, help="the most precise that fits")
+    parser.add_argument("--context", type=_positive, default=CONTEXT, help="tokens (%(default)s)")
+    _add_json(parser, run_plan)
+
+
+def add_generate(commands: Any) -> None:
+    """The arguments of `hybrimoe generate`."""
+    parser = commands.add_parser("generate", help="load a model and write text")
+    _add_name(parser)
+    parser.add_argument("--prompt", required=True, help="text to continue; - reads it from stdin")
+    parser.add_argument("--chat", action="store_true", help="as a message to a chat model")
+    parser.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N")
+    parser.add_argument("--greedy", action="store_true", help="no sampling")
+    parser.add_argument("--weights", choices=WEIGHTS, help="the most precise that fits")
+    parser.add_argument("--device", choices=DEVICES, default="auto")
+    parser.add_argument("--vram", type=_size("vram"), help="for expert slots on the GPU")
+    parser.add_argument("--stats", action="store_true", help="end with the report, on stderr")
+    _add_json(parser, run_generate)
+
+
+def add_bench(commands: Any) -> None:
+    """The arguments of `hybrimoe bench`."""
+    parser = commands.add_parser("bench", help="wrapped against plain transformers, side by side")
+    _add_name(parser)
+    parser.add_argument("--weights", choices=WEIGHTS, default="native", help="(%(default)s)")
+    parser.add_argument("--device", choices=DEVICES, default="auto")
+    parser.add_argument("--vram", type=_size("vram"), help="for expert slots on the GPU")
+    parser.add_argument("--prompt-tokens", type=_positive, default=128, metavar="N")
+    parser.add_argument("--tokens", type=_positive, default=32, metavar="N", help="to decode")
+    parser.add_argument("--rounds", type=_positive, default=5, metavar="N")
+    _add_json(parser, run_bench)
+
+
+def add_doctor(commands: Any) -> None:
+    """The arguments of `hybrimoe doctor`."""
+    parser = commands.add_parser(
+        "doctor", help="what this machine offers, and what stands in the way"
+    )
+    _add_json(parser, run_doctor)
+
+
+def run_plan(options: argparse.Namespace) -> dict[str, Any]:
+    """Print the plan; fails if the model does not fit."""
+    from hybrimoe.memory_plan import plan
+
+    found = plan(options.name, options.vram, options.ram, options.weights, options.context)
+    options.failed = not found.fits
+    if not options.json:
+        print(found)
+    return found.to_dict()
+
+
+def run_doctor(options: argparse.Namespace) -> dict[str, Any]:
+    """Print every finding; fails if one of them is a failure."""
+    from hybrimoe import doctor
+
+    findings = doctor.examine()
+    result = doctor.to_dict(findings)
+    options.failed = not result["healthy"]
+    if not options.json:
+        print(doctor.as_text(findings))
+    return result
+
+
+def run_generate(options: argparse.Namespace) -> dict[str, Any]:
+    """Stream the answer to stdout, and all else to stderr."""
+    import torch
+    from transformers import TextStreamer
+
+    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    tokenizer = _tokenizer(options.name)
+    inputs = _encode(tokenizer, prompt, options.chat)
+    length = inputs["input_ids"].shape[1]
+    model, weights = _load(options, context=length + options.max_new_tokens)
+    streamer = None
+    if not options.json:
+        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    sampling = {"do_sample": False} if options.greedy else {}
+    start = time.perf_counter()
+    with torch.no_grad():
+        written = model.generate(
+            **inputs, max_new_tokens=options.max_new_tokens, streamer=streamer, **sampling
+        )
+    seconds = time.perf_counter() - start
+    answer = written[0, length:]
+    report = model.hybrimoe.report()
+    if options.stats and not options.json:
+        print(report, file=sys.stderr)
+    return {
+        "text": tokenizer.decode(answer, skip_special_tokens=True),
+        "prompt_tokens": length,
+        "new_tokens": len(answer),
+        "seconds": seconds,
+        "weights": weights,
+        "report": report.to_dict(),
+    }
+
+
+def run_bench(options: argparse.Namespace) -> dict[str, Any]:
+    """Time a wrapped and a plain copy in turns, and print one table."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    tokens = options.prompt_tokens + options.tokens
+    _check_room_for_both(options, tokens)
+    logging.disable_progress_bar()
+    wrapped, weights = _load(options, tokens)
+    plain = AutoModelForCausalLM.from_pretrained(options.name, dtype="auto").eval()
+    generator = torch.Generator().manual_seed(0)
+    size = (1, options.prompt_tokens)
+    prompt = torch.randint(plain.config.get_text_config().vocab_size, size, generator=generator)
+    models = {"plain": plain, "wrapped": wrapped}
+    for model in models.values():
+        _timed(model, prompt, 2)  # compiles, and touches every page once
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+    answers = {}
+    for turn in range(options.rounds):
+        # Taking turns, each first as often as the other: what slows the machine slows both.
+        for name in sorted(models, reverse=bool(turn % 2)):
+            prefill, _ = _timed(models[name], prompt, 1)
+            whole, answers[name] = _timed(models[name], prompt, options.tokens + 1)
+            times[name].append((prefill, whole - prefill))
+    result = _compare(options, times, answers) | {"weights": weights}
+    if not options.json:
+        print(_table(options, result))
+    return result
+
+
+def _timed(model: Any, prompt: Any, tokens: int) -> tuple[float, Any]:
+    import torch
+
+    start = time.perf_counter()
+    with torch.no_grad():
+        ids = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            min_new_tokens=tokens,
+            max_new_tokens=tokens,
+            do_sample=False,
+        )
+    return time.perf_counter() - start, ids[0, prompt.shape[1] :].tolist()
+
+
+def _compare(
+    options: argparse.Namespace,
+    times: dict[str, list[tuple[float, float]]],
+    answers: dict[str, list[int]],
+) -> dict[str, Any]:
+    speeds = {}
+    for name, pairs in times.items():
+        prefill, decode = (statistics.median(column) for column in zip(*pairs))
+        speeds[name] = {
+            "prefill_tokens_s": options.prompt_tokens / prefill,
+            "decode_tokens_s": options.tokens / max(decode, 1e-9),
+        }
+    equal = 0
+    for ours, theirs in zip(answers["wrapped"], answers["plain"]):
+        if ours != theirs:
+            break
+        equal += 1
+    return speeds | {"equal_tokens": equal, "of_tokens": len(answers["plain"])}
+
+
+def _table(options: argparse.Namespace, result: dict[str, Any]) -> str:
+    lines = [
+        f"{options.name}: medians of {options.rounds} rounds in turns, prompt of "
+        f"{options.prompt_tokens} tokens, {options.tokens} decoded, weights={result['weights']}",
+        f"{'':10}{'prefill tokens/s':>18}{'decode tokens/s':>18}",
+    ]
+    for name in ("plain", "wrapped"):
+        row = result[name]
+        lines.append(f"{name:10}{row['prefill_tokens_s']:18.1f}{row['decode_tokens_s']:18.1f}")
+    ratios = [result["wrapped"][key] / result["plain"][key] for key in result["plain"]]
+    lines.append(f"{'ratio':10}{ratios[0]:17.2f}x{ratios[1]:17.2f}x")
+    lines.append(f"greedy tokens equal: {result['equal_tokens']} of {result['of_tokens']}")
+    return "\n".join(lines)
+
+
+def _load(options: argparse.Namespace, context: int) -> tuple[Any, str]:
+    """The model, wrapped, once the plan says that it fits; and its weight format."""
+    from transformers.utils import logging
+
+    import hybrimoe
+    from hybrimoe.memory_plan import plan
+
+    vram = None if options.device == "cpu" else options.vram
+    found = plan(options.name, vram, weights=options.weights, context=context).ensure_fits()
+    if options.json or not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    settings: dict[str, Any] = {"weights": found.weights, "device": options.device}
+    if options.vram is not None:
+        settings["vram"] = options.vram
+    model = hybrimoe.from_pretrained(options.name, **settings)
+    return model.eval(), found.weights
+
+
+def _check_room_for_both(options: argparse.Namespace, context: int) -> None:
+    """Raise InsufficientMemoryError unless a plain and a wrapped copy fit together."""
+    from hybrimoe.memory_plan import plan
+    from hybrimoe.runtime.host import ensure_host_fits
+
+    found = plan(options.name, weights=options.weights, context=context)
+    native = next(row.peak_bytes for row in found.formats if row.weights == "native")
+    advice = "bench keeps a plain and a wrapped copy; use a smaller model, or `generate --stats`"
+    ensure_host_fits(found.peak_bytes + native, f"bench of {options.name}", advice)
+
+
+def _tokenizer(name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        from hybrimoe.runtime.skeleton import first_line
+
+        raise ConfigError(f"NAME has no tokenizer that can be read: {first_line(error)}") from error
+
+
+def _encode(tokenizer: Any, prompt: str, chat: bool) -> dict[str, Any]:
+    if not chat:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    elif not tokenizer.chat_template:
+        raise ConfigError(
+            "--chat needs a model with a chat template, this one has none; leave it out"
+        )
+    else:
+        inputs = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        )
+    if inputs["input_ids"].shape[1] == 0:
+        raise ConfigError(f"--prompt must have at least one token, got {prompt[:40]!r}")
+    return {name: inputs[name] for name in ("input_ids", "attention_mask")}
+
+
+def _add_name(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help="a folder, or a name on the hub")
+
+
+def _add_json(parser: argparse.ArgumentParser, run: Any) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    parser.set_defaults(run=run)
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return value
+
+
+def _size(name: str) -> Any:
+    def parse(text: str) -> int | float:
+        try:
+            return parse_size(name, text)
+        except HybriMoEError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parse

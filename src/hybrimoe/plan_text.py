@@ -1,0 +1,112 @@
+"""A memory plan for people: lines of text, and a table for notebooks."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from hybrimoe.runtime.host import size_text
+
+if TYPE_CHECKING:
+    from hybrimoe.memory_plan import MemoryPlan
+
+NAMES = {
+    "dense": "dense weights",
+    "experts": "experts",
+    "kv_cache": "KV cache",
+    "activations": "activations",
+    "workspace": "workspace",
+    "slots": "expert slots",
+}
+
+
+def as_text(plan: MemoryPlan) -> str:
+    """Twenty lines or so, for a terminal."""
+    lines = [_head(plan)]
+    lines += [f"  {name:14} {size:>11}  {where}" for name, size, where in _rows(plan)]
+    lines += [f"  {name:14} {size:>11}  of {have}" for name, size, have in _totals(plan)]
+    lines += [f"  {'speed':14} {_speed(plan)}"] if plan.speed else []
+    lines += ["", f"  {'weights':10}{'experts':>11}{'peak':>11}  fits"]
+    lines += [f"  {row[0]:10}{row[1]:>11}{row[2]:>11}  {row[3]}" for row in _formats(plan)]
+    lines += ["", _verdict(plan)]
+    lines += [f"note: {note}" for note in plan.notes]
+    return "\n".join(lines)
+
+
+def as_html(plan: MemoryPlan) -> str:
+    """The same as one small table."""
+    cells = [("th", _head(plan), 3)]
+    rows = [_html_row(*cells)]
+    rows += [_html_row(("td", n, 1), ("td", s, 1), ("td", w, 1)) for n, s, w in _rows(plan)]
+    rows += [
+        _html_row(("td", n, 1), ("td", s, 1), ("td", f"of {h}", 1)) for n, s, h in _totals(plan)
+    ]
+    if plan.speed:
+        rows.append(_html_row(("td", "speed", 1), ("td", _speed(plan), 2)))
+    for weights, experts, peak, fits in _formats(plan):
+        text = f"experts {experts}, peak {peak}: fits: {fits}"
+        rows.append(_html_row(("td", f"weights={weights}", 1), ("td", text, 2)))
+    rows.append(_html_row(("th", _verdict(plan), 3)))
+    rows += [_html_row(("td", f"note: {note}", 3)) for note in plan.notes]
+    return f"<table>{''.join(rows)}</table>"
+
+
+def _head(plan: MemoryPlan) -> str:
+    found = plan.checkpoint
+    files = f", {found.files} files of {size_text(found.nbytes)} ({found.place})" if found else ""
+    return (
+        f"{plan.model}: {plan.family}, {plan.experts} experts in {len(plan.layers)} layers, "
+        f"top-{plan.top_k}{files}"
+    )
+
+
+def _rows(plan: MemoryPlan) -> Iterable[tuple[str, str, str]]:
+    """Part, size, place."""
+    for part, size in plan.parts.items():
+        what = f"as {plan.weights}, " if part == "experts" else ""
+        what += f"{plan.context} tokens, " if part == "kv_cache" else ""
+        yield NAMES[part], size_text(size), what + ("GPU" if part in plan.gpu else "RAM")
+    if plan.gpu:
+        slots = f"{plan.slots} of {plan.experts} experts, copies on the GPU"
+        yield NAMES["slots"], size_text(plan.gpu["slots"]), slots
+
+
+def _totals(plan: MemoryPlan) -> Iterable[tuple[str, str, str]]:
+    """What is needed and what there is."""
+    have = f"{size_text(plan.have_bytes)} ({plan.have_limit})"
+    yield "RAM, loading", size_text(plan.load_peak_bytes), have
+    yield "RAM, running", size_text(plan.steady_bytes), have
+    if plan.gpu:
+        known = plan.gpu_have_bytes
+        yield (
+            "GPU",
+            size_text(plan.gpu_bytes),
+            "an unknown size" if known is None else size_text(known),
+        )
+
+
+def _formats(plan: MemoryPlan) -> Iterable[tuple[str, str, str, str]]:
+    for row in plan.formats:
+        verdict = "yes" if row.fits else "no"
+        yield row.weights, size_text(row.experts_bytes), size_text(row.peak_bytes), verdict
+
+
+def _speed(plan: MemoryPlan) -> str:
+    assert plan.speed is not None
+    rate = f"about {plan.speed.decode_tokens_s:.1f} tokens/s, bound by {plan.speed.bound}"
+    return f"{rate}; {plan.speed.source}"
+
+
+def _verdict(plan: MemoryPlan) -> str:
+    if plan.fits:
+        return f"It fits: {plan.call}"
+    return f"It does not fit; {plan.nearest}" + (f": {plan.call}" if plan.call else "")
+
+
+def _html_row(*cells: tuple[str, str, int]) -> str:
+    inside = (
+        f"<{tag} colspan={span} style='text-align:left'>{html.escape(text)}</{tag}>"
+        for tag, text, span in cells
+    )
+    return f"<tr>{''.join(inside)}</tr>"

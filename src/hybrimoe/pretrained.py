@@ -1,0 +1,73 @@
+"""From a name to a wrapped model, and a wrapped model to files that load without packing."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hybrimoe.api import Runtime, complete
+from hybrimoe.config import Config
+from hybrimoe.errors import ConfigError, WrappedModelError
+from hybrimoe.runtime.packed_files import save
+
+
+def from_pretrained(
+    name_or_path: str | os.PathLike[str], config: Config | None = None, **hf_kwargs: Any
+) -> Any:
+    """Load a transformers checkpoint straight into the pool; returns the model, already wrapped.
+
+    name_or_path: a repository of the hub, a folder, or a folder that `save_packed` wrote. hf_kwargs:
+    fields of `Config`, and whatever `from_pretrained` of transformers takes. Needs the memory of
+    the packed experts, the dense weights and less than one layer. Raises CheckpointError or
+    CheckpointNotFoundError for files that are damaged or missing, ConfigError or
+    UnsupportedModelError for what cannot be loaded this way.
+    """
+    if config is not None and not isinstance(config, Config):
+        raise ConfigError(f"config must be a hybrimoe.Config, got {config!r}")
+    fields = {field.name for field in dataclasses.fields(Config)}
+    ours = {name: hf_kwargs.pop(name) for name in fields & hf_kwargs.keys()}
+    # Half of transformers comes with it, too much for `import hybrimoe`.
+    from hybrimoe.runtime.opening import load
+
+    config = (config or Config()).replace(**ours)
+    return load(name_or_path, config, "weights" in ours, hf_kwargs)
+
+
+def save_packed(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Write a wrapped model so that `from_pretrained(folder)` reads it without packing anything.
+
+    The folder gets packed experts, dense weights, config.json and a manifest with checksums. A save
+    over an older one takes effect in one step: a killed process or a full disk leaves the old one
+    whole. Raises WrappedModelError if the model is not wrapped, StorageError if the disk refuses.
+    """
+    runtime = getattr(model, "hybrimoe", None)
+    if runtime is None:
+        raise WrappedModelError(
+            "save_packed needs a wrapped model; call hybrimoe.wrap(model) first"
+        )
+    save(model, runtime.layers, Path(folder))
+
+
+def make_known() -> None:
+    """Let transformers take a `Config` as its `quantization_config`; again changes nothing."""
+    from hybrimoe.runtime.loading import register
+
+    register(_start, _finish)
+
+
+def _start(config: Config, model: nn.Module) -> Runtime:
+    return Runtime(config, model)
+
+
+def _finish(runtime: Runtime, model: nn.Module) -> None:
+    for layer in runtime.layers:
+        layer.install()
+    try:
+        complete(runtime, model)
+    except BaseException:
+        runtime.detach()
+        raise

@@ -1,0 +1,394 @@
+"""The experts that do not fit into host memory: on disk, with the worthiest of them in slots of RAM.
+
+The tier has the parts that an accelerator has: a slab of equal slots, the policies' `Cache` that says
+who has one, a link with a timeline of its own (its LINK leads to the disk), and forecasts that fill the
+link's idle time. What differs is that nobody computes on the other side: an expert is read before it is
+used, so every miss is given a slot, and whoever needs it waits.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from hybrimoe.errors import PolicyError
+from hybrimoe.kernels.moe import PackedLayer, Workspace, run_layer
+from hybrimoe.policy.cache import Cache, Move
+from hybrimoe.policy.forecaster import Markov, Trust
+from hybrimoe.policy.ranking import NextToken
+from hybrimoe.policy.routing import Load
+from hybrimoe.policy.timeline import Lane, Span, Timeline
+from hybrimoe.runtime.backing import Backing
+from hybrimoe.runtime.pool import allocate
+from hybrimoe.runtime.reader import Read, Reader
+from hybrimoe.runtime.tier_sizes import TierSizes
+
+LEAST = 0.35
+"""A forecast less probable than this is not worth a read, which may hold up one that is waited for."""
+AHEAD = 8
+"""Reads ordered on forecasts at a time."""
+NOTHING = (-1, -1, -1)
+
+
+class Job(NamedTuple):
+    """One layer to compute: the arguments of `run_layer`."""
+
+    index: int
+    layer: PackedLayer
+    x: np.ndarray
+    ids: np.ndarray
+    weights: np.ndarray
+    out: np.ndarray
+    workspace: Workspace
+    dtype: str = "float32"
+    threads: int | None = None
+    shards: np.ndarray | None = None
+
+
+class DiskTier:
+    """Slots in RAM for the experts of a whole model, which lie in `backing`. Any thread may call.
+
+    sizes: how many slots of how many bytes. top_k: experts that one token activates.
+    trace: keep the span of every read.
+    """
+
+    def __init__(self, sizes: TierSizes, top_k: int, backing: Backing, trace: bool = False) -> None:
+        layers, most = len(sizes.experts), max(sizes.experts)
+        self.sizes, self.backing = sizes, backing
+        self.cache = Cache(NextToken(scope="model"), sizes.slots, layers, most, top_k, staging=0)
+        self.slab = allocate(sizes.slots, sizes.slot_bytes)
+        self.reader = Reader()
+        self.forecaster, self.trust = Markov(layers, most, top_k), Trust(1)
+        self.timeline = Timeline(trace=trace)
+        self.make_room: Callable[[], bool] = lambda: False
+        """Called when every slot is held: gives one back, or returns False."""
+        self._origin = time.perf_counter()
+        self._lock, self._pid = threading.RLock(), os.getpid()
+        self._content = [NOTHING] * sizes.slots  # layer, expert, stamp: what a slot really holds
+        self._reads: dict[int, Read] = {}  # by slot
+        self._guesses: dict[int, int] = {}  # slot and stamp of forecast experts not yet asked for
+        self._lent: list[int] = []
+        self._is_sound = True  # whether the last call came to its end
+        self.reset()
+
+    def reset(self) -> None:
+        """Start counting anew; what is in RAM stays."""
+        self.hits = self.misses = self.late = 0
+        self.guessed = self.guesses_used = 0
+        self.reads = self.read_bytes = 0
+        self.disk_s = self.waited_s = 0.0
+        if self.timeline.spans is not None:
+            self.timeline.spans.clear()
+
+    def run(self, job: Job) -> None:
+        """`run_layer` for a layer on disk, in as many parts as RAM asks for.
+
+        Parts follow each other in rising order of experts, so that the output has the very bits that
+        it has with all experts in RAM. Raises DiskReadError.
+        """
+        with self._entered():
+            load = load_of(job)
+            self._observe(load)
+            held: set[int] = set()
+            try:
+                self._run(job, load, held)
+            finally:
+                self._release(held)
+
+    def want(self, layer: int, experts: Iterable[int]) -> None:
+        """Have absent experts read, as far as there are slots; somebody will ask for them next."""
+        with self._entered():
+            keep = np.asarray(list(experts), np.int32)
+            for expert in keep.tolist():
+                if not self._has_slot(layer, expert, keep):
+                    return
+                self._ensure(layer, expert, urgent=True)
+
+    def lend(self, layer: int, expert: int) -> tuple[np.ndarray, int]:
+        """An expert's bytes, and the slot to `give_back` when nobody reads them any more."""
+        with self._entered():
+            held: set[int] = set()
+            try:
+                self._await(layer, self._claim(layer, deque([expert]), 1, held))
+            except BaseException:
+                self._release(held)
+                raise
+            slot = held.pop()
+            self._lent.append(slot)
+            return self.slab[slot], slot
+
+    def give_back(self, slot: int) -> None:
+        """The reverse of `lend`."""
+        with self._lock:
+            self._lent.remove(slot)
+            self.cache.release(np.array([slot]))
+
+    def blobs(self, layer: int) -> np.ndarray:
+        """All experts of a layer, [E, expert_bytes] uint8, in memory of their own."""
+        shape = self.sizes.experts[layer], self.sizes.expert_bytes[layer]
+        return self.backing.layer(layer, allocate(*shape))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Totals for the report, since the last reset."""
+        asked = self.hits + self.late + self.misses
+        return {
+            "slots": self.cache.slots,
+            "experts": sum(self.sizes.experts),
+            "ram_bytes": self.slab.nbytes,
+            "hits": self.hits,
+            "late": self.late,
+            "misses": self.misses,
+            "hit_rate": self.hits / asked if asked else 0.0,
+            "forecast": self.guessed,
+            "forecast_used": self.guesses_used,
+            "reads": self.reads,
+            "read_bytes": self.read_bytes,
+            "disk_s": self.disk_s,
+            "waited_s": self.waited_s,
+            "direct": self.backing.is_direct,
+        }
+
+    def close(self) -> None:
+        """End the reads and close the files; a temporary one is gone with it."""
+        self.reader.close()
+        self.backing.close()
+
+    def _run(self, job: Job, load: Load, held: set[int]) -> None:
+        index, waiting = job.index, deque(np.sort(load.experts).tolist())
+        free = self.cache.slots - int(np.count_nonzero(self.cache.references))
+        # While one half of the slots computes, the other one is filled.
+        half = max(free // 2, 1)
+        part = self._claim(index, waiting, len(waiting) if len(waiting) <= free else half, held)
+        if not waiting:
+            self._await(index, part)
+            self._look_ahead(load)
+            self._compute(job, job.shards)
+            return
+        wide, is_first = in_float32(job), True
+        while part:
+            following = self._claim(index, waiting, half, held)
+            self._await(index, part)
+            self._compute(wide, shards_of(job, part), add=not is_first)
+            self._release(held, self.cache.slot[index, part].tolist())
+            part, is_first = following or self._claim(index, waiting, half, held), False
+        narrow(wide.out, job)
+
+    def _compute(self, job: Job, shards: np.ndarray | None, add: bool = False) -> None:
+        layer = job.layer
+        layout = layer.layout._replace(expert_bytes=self.sizes.slot_bytes)
+        place = np.maximum(self.cache.slot[job.index, : layer.experts], 0)
+        run_layer(
+            layer._replace(layout=layout, blobs=self.slab, place=place),
+            *(job.x, job.ids, job.weights, job.out, job.workspace, job.dtype, job.threads, shards),
+            add=add,
+        )
+
+    def _observe(self, load: Load) -> None:
+        self.cache.observe(load)
+        self.trust.settle(load)
+        self.forecaster.observe(load)
+        needed = set(load.experts.tolist())
+        for slot, stamp in list(self._guesses.items()):
+            owner, expert = self.cache.owner[slot].tolist()
+            if owner != load.layer or self.cache.generation[slot] != stamp:
+                continue
+            del self._guesses[slot]
+            if expert in needed:
+                self.guesses_used += 1
+            elif slot in self._reads and self.reader.cancel(self._reads[slot]):
+                del self._reads[slot]  # it would hold up what is waited for
+                self.cache.drop(owner, expert)
+
+    def _claim(self, layer: int, waiting: deque[int], most: int, held: set[int]) -> list[int]:
+        """Take up to `most` experts off `waiting` into slots that nobody may take, and read them."""
+        part: list[int] = []
+        keep = np.array(waiting, np.int32)
+        while waiting and len(part) < most:
+            expert = waiting[0]
+            if not self._has_slot(layer, expert, keep):
+                if held:
+                    break  # there will be slots when these are done
+                self._force_slot(layer, expert)
+            self._count(self._ensure(layer, expert, urgent=True))
+            slots = self.cache.hold(layer, np.array([expert], np.int32))
+            held.add(int(slots[0]))
+            part.append(waiting.popleft())
+        return part
+
+    def _has_slot(self, layer: int, expert: int, keep: np.ndarray | None) -> bool:
+        cache = self.cache
+        if cache.slot[layer, expert] >= 0 or cache.admit(layer, expert, keep, force=True):
+            return True
+        return cache.admit(layer, expert, keep, force=True, anywhere=True) is not None
+
+    def _force_slot(self, layer: int, expert: int) -> None:
+        """A slot where those that are needed later, on the wire or lent are in the way."""
+        while not self._has_slot(layer, expert, None):
+            if self._reads:
+                slot, read = next(iter(self._reads.items()))
+                self._finish(slot, read)
+            elif not self.make_room():
+                raise PolicyError(f"all {self.cache.slots} slots of RAM are in use")
+
+    def _ensure(self, layer: int, expert: int, urgent: bool) -> str:
+        """Order the read of an expert that has a slot; says whether it was there, late or missing."""
+        cache = self.cache
+        slot = cache.slot.item(layer, expert)
+        content = (layer, expert, cache.generation.item(slot))
+        if self._content[slot] == content:
+            return "here"
+        read = self._reads.get(slot)
+        if read is None:
+            self._content[slot] = NOTHING
+            cache.arrival[slot] = np.inf  # from now on nobody may take the slot
+            read = self._reads[slot] = Read(partial(self._fill, slot, content))
+            found = "absent"
+        else:
+            found = "late"
+        self.reader.submit(read, urgent)
+        return found
+
+    def _fill(self, slot: int, content: tuple[int, int, int]) -> None:
+        """Runs in the reader's thread."""
+        self.backing.read(*content[:2], self.slab[slot])
+        self._content[slot] = content
+
+    def _count(self, found: str) -> None:
+        self.hits += found == "here"
+        self.late += found == "late"
+        self.misses += found == "absent"
+
+    def _await(self, layer: int, experts: list[int]) -> None:
+        """Wait until experts that have slots are there."""
+        for expert in experts:
+            slot = self.cache.slot.item(layer, expert)
+            read = self._reads.get(slot)
+            if read is not None:
+                self._finish(slot, read)
+
+    def _finish(self, slot: int, read: Read) -> None:
+        started = time.perf_counter()
+        try:
+            self.reader.wait(read)
+        except KeyboardInterrupt:
+            raise  # it is still being read
+        except BaseException:
+            self._settle(slot, read)
+            raise
+        finally:
+            self.waited_s += time.perf_counter() - started
+        self._settle(slot, read)
+
+    def _settle(self, slot: int, read: Read) -> None:
+        """Book a read that is over; the slot may be taken again."""
+        layer, expert = self.cache.owner[slot].tolist()
+        size = self.sizes.expert_bytes[layer]
+        self.reads, self.read_bytes = self.reads + 1, self.read_bytes + size
+        self.disk_s += read.seconds
+        start = read.start - self._origin
+        self.timeline.free[Lane.LINK] = start + read.seconds
+        if self.timeline.spans is not None:
+            span = Span(Lane.LINK, start, read.seconds, f"expert {expert}", layer, bytes=size)
+            self.timeline.spans.append(span)
+        self.cache.arrival[slot] = 0.0
+        del self._reads[slot]
+
+    def _look_ahead(self, load: Load) -> None:
+        """Read what the next layer will probably use, while this one computes."""
+        if self.cache.crowded:
+            return  # ids of single tokens say little of a prompt
+        forecasts = self.forecaster.forecast(load.layer)
+        self.trust.expect(load.layer, forecasts)
+        factor, cache = min(self.trust.factor(0), 1.0), self.cache
+        for forecast in forecasts:
+            chances = (forecast.probability * factor).tolist()
+            for expert, chance in zip(forecast.experts.tolist(), chances):
+                if chance < LEAST or len(self._reads) >= AHEAD:
+                    return
+                if cache.slot[forecast.layer, expert] < 0:
+                    self._guess(forecast.layer, expert, chance, forecast.experts)
+
+    def _guess(self, layer: int, expert: int, chance: float, keep: np.ndarray) -> None:
+        slot, _ = self.cache.victim(layer, keep)
+        if slot < 0 or self.cache.rate_in(slot) >= chance:
+            return
+        move = self.cache.admit(layer, expert, keep, force=True)
+        assert isinstance(move, Move)
+        self._ensure(layer, expert, urgent=False)
+        self._guesses[move.slot] = move.generation
+        self.guessed += 1
+
+    def _release(self, held: set[int], slots: list[int] | None = None) -> None:
+        for slot in list(held) if slots is None else slots:
+            held.discard(slot)
+            self.cache.release(np.array([slot]))
+
+    @contextmanager
+    def _entered(self) -> Iterator[None]:
+        """One caller at a time, and books that are right whatever interrupted the one before."""
+        if self._pid != os.getpid():
+            self._after_fork()
+        with self._lock:
+            if not self._is_sound:
+                self.cache.references[:] = 0
+                np.add.at(self.cache.references, self._lent, 1)
+            for slot, read in list(self._reads.items()):
+                if read.done:
+                    self._settle(slot, read)
+            self._is_sound = False
+            yield
+            self._is_sound = True
+
+    def _after_fork(self) -> None:
+        """A child has the slots and the files, but neither the reader's threads nor their reads."""
+        self._pid, self._lock, self._is_sound = os.getpid(), threading.RLock(), False
+        for slot in self._reads:
+            self.cache.arrival[slot] = 0.0
+        self._reads.clear()
+
+
+def load_of(job: Job) -> Load:
+    """What a call asks for: the experts with shards to compute here."""
+    ids = job.ids.reshape(-1)
+    tokens = np.bincount(ids, minlength=job.layer.experts)
+    scores = np.bincount(ids, job.weights.reshape(-1), job.layer.experts)
+    if job.shards is not None:
+        tokens[job.shards[:, 0] >= job.shards[:, 1]] = 0
+    experts = np.flatnonzero(tokens)
+    return Load(
+        job.index,
+        experts.astype(np.int32),
+        tokens[experts].astype(np.int32),
+        scores.astype(np.float32),
+    )
+
+
+def shards_of(job: Job, part: list[int]) -> np.ndarray:
+    """[E, 2] the shards to compute if only some experts have their turn."""
+    shards = np.zeros((job.layer.experts, 2), np.int32)
+    shards[part] = (0, job.layer.layout.shards) if job.shards is None else job.shards[part]
+    return shards
+
+
+def in_float32(job: Job) -> Job:
+    """The same job with sums that can be gone on with."""
+    if job.dtype == "float32":
+        return job
+    x = torch.from_numpy(job.x).view(getattr(torch, job.dtype)).float().numpy()
+    return job._replace(x=x, out=np.empty(x.shape, np.float32), dtype="float32")
+
+
+def narrow(total: np.ndarray, job: Job) -> None:
+    """What `in_float32` has led to, rounded into the job's own output."""
+    if total is not job.out:
+        out = torch.from_numpy(job.out).view(getattr(torch, job.dtype))
+        out.copy_(torch.from_numpy(total))

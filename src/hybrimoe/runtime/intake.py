@@ -1,0 +1,131 @@
+"""What a layer is called with, brought to the host in one transfer with all that policies read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hybrimoe.kernels.moe import PackedLayer, check_arguments
+from hybrimoe.policy.router_output import (
+    NO_LOGITS,
+    SOFTMAX,
+    find_scoring,
+    read_forecast,
+    read_load,
+)
+from hybrimoe.policy.routing import Forecast, Load
+from hybrimoe.runtime.device import Accelerator
+from hybrimoe.runtime.routers import Seat, look_ahead
+from hybrimoe.runtime.transfer import Slab
+
+
+class Call(NamedTuple):
+    """The inputs of the layer that runs now, in host memory and where the model computes.
+
+    early: launches what else of the model may run meanwhile, or None.
+    """
+
+    x: np.ndarray  # [T, D] float32
+    ids: np.ndarray  # [T, K] int64
+    weights: np.ndarray  # [T, K] float32
+    hidden: Tensor  # [T, D] on the compute device
+    early: Callable[[], None] | None = None
+
+
+class Intake:
+    """Reads the routers of all layers, and fetches everything of one call at once."""
+
+    def __init__(self, accelerator: Accelerator, layers: int, experts: int) -> None:
+        self.accelerator, self.experts = accelerator, experts
+        self.seats: list[Seat] = []
+        self.scoring: list[int | None] = [None] * layers
+        self._hooks: list[Any] = []
+        self._x = Slab()
+
+    def watch(self, seats: list[Seat]) -> None:
+        """From now on, read these routers, one per layer."""
+        self.seats = seats
+        self._hooks = [hook for seat in seats for hook in seat.watch()]
+
+    def close(self) -> None:
+        """Remove all hooks."""
+        for hook in self._hooks:
+            hook.remove()
+        self.seats, self._hooks = [], []
+
+    def take(
+        self,
+        layer: int,
+        packed: PackedLayer,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        depth: int,
+        early: Callable[[], None] | None = None,
+    ) -> tuple[Call, Load, list[Forecast]]:
+        """One call of a layer: hidden states [T, D], ids [T, K] and weights [T, K].
+
+        depth: layers to forecast; none where the routers do not show themselves.
+        """
+        hidden, ids, weights = inputs
+        logits, ahead = self._ask(layer, ids, depth) if self.seats else (None, [])
+        said = [tensor for _, *pair in ahead for tensor in pair]
+        shown = [] if logits is None else [logits]
+        fetched = self.accelerator.fetch([ids, weights, hidden, *shown, *said])
+        host_ids, host_weights = as_array(fetched[0], torch.int64), as_array(fetched[1])
+        on_host = self._float32(fetched[2])
+        x = as_array(on_host)
+        check_arguments(packed, x, host_ids, host_weights, x, "float32")
+        there = on_host if hidden.device.type == "cpu" else hidden.detach().contiguous()
+        call = Call(x, host_ids, host_weights, there, early)
+        scores = NO_LOGITS if logits is None else as_array(fetched[3])
+        how = self._scoring(layer, scores, host_ids, host_weights)
+        load = read_load(layer, host_ids, host_weights, self.experts, scores, how)
+        pairs = zip(fetched[3 + len(shown) :: 2], fetched[4 + len(shown) :: 2])
+        forecasts = [
+            read_forecast(target, as_array(chosen, torch.int64), as_array(values), how)
+            for (target, _, _), (chosen, values) in zip(ahead, pairs)
+        ]
+        return call, load, forecasts
+
+    def _ask(
+        self, layer: int, ids: Tensor, depth: int
+    ) -> tuple[Tensor | None, list[tuple[int, Tensor, Tensor]]]:
+        seat = self.seats[layer]
+        try:
+            place, logits = seat.take(ids, self.experts)
+            if logits is None or not depth:
+                return logits, []
+            return logits, look_ahead(self.seats, layer, place, depth, self.experts)
+        finally:
+            seat.forget()
+
+    def _scoring(self, layer: int, logits: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> int:
+        """How this layer's router makes scores of logits, learnt from its first call."""
+        how = self.scoring[layer]
+        if how is None and logits.size and ids.size:
+            how = self.scoring[layer] = find_scoring(logits, ids, weights)
+        return SOFTMAX if how is None else how
+
+    def _float32(self, hidden: Tensor) -> Tensor:
+        """Host memory in float32, without a copy where it is that already."""
+        hidden = hidden.detach()
+        if hidden.dtype == torch.float32:
+            return hidden.contiguous()
+        wide = self._x.take(4 * hidden.numel()).view(torch.float32).view(hidden.shape)
+        return wide.copy_(hidden)
+
+
+def as_array(tensor: Tensor, dtype: torch.dtype = torch.float32) -> np.ndarray:
+    """A contiguous array of host memory; a view where dtype and layout allow."""
+    # Each torch call costs microseconds in decode, so only those that are needed are made.
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if tensor.dtype != dtype:
+        tensor = tensor.to(dtype)
+    if not tensor.is_contiguous():
+        tensor = tensor.contiguous()
+    array: np.ndarray = tensor.numpy()
+    return array

@@ -1,0 +1,242 @@
+"""A checkpoint straight into the pool, through the loader of transformers.
+
+transformers reads a checkpoint parameter by parameter and lets a quantizer add weight converters.
+Ours take the experts' parameters away from the loader and pack them on arrival; all else (renaming,
+tying, sharding over files, the dense weights, progress) stays what `from_pretrained` does. So every
+family loads here that loads there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
+from transformers.quantizers import HfQuantizer, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.utils.logging import tqdm
+
+from hybrimoe.config import Config
+from hybrimoe.errors import CheckpointError, ConfigError, UnsupportedModelError
+from hybrimoe.runtime import formats
+from hybrimoe.runtime.adapters import FoundExperts, find_experts
+from hybrimoe.runtime.arrivals import Arrivals
+from hybrimoe.runtime.checkpoints import examine_files
+from hybrimoe.runtime.converting import PackingConverter
+from hybrimoe.runtime.experts import PooledExperts
+from hybrimoe.runtime.load_memory import ensure_fits, own_memory
+from hybrimoe.runtime.packed_files import fill
+from hybrimoe.runtime.reading import Reader
+
+METHOD = "hybrimoe"
+"""What `Config.quant_method` says."""
+
+
+class Session(Protocol):
+    """The part of a `Runtime` that loading fills."""
+
+    layers: list[PooledExperts]
+
+    def pack(self, experts: FoundExperts) -> PooledExperts:
+        """Add a layer to the pool; one on the meta device gets memory that is still to be filled."""
+
+
+@dataclass(frozen=True)
+class PackedConfig:
+    """A `Config` for experts that lie packed in `folder`, which `manifest` describes."""
+
+    config: Config
+    manifest: dict[str, Any]
+    folder: Path
+
+    @property
+    def quant_method(self) -> str:
+        """The name by which transformers finds our loader."""
+        return self.config.quant_method
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain data, which transformers prints."""
+        return self.config.to_dict()
+
+
+Start = Callable[[Config, nn.Module], Session]
+Finish = Callable[[Any, nn.Module], None]
+
+
+def register(start: Start, finish: Finish) -> None:
+    """Make transformers know `quantization_config=hybrimoe.Config(...)`; again changes nothing.
+
+    start: makes the runtime of a model without weights. finish: completes it when all are there.
+    """
+    if METHOD not in AUTO_QUANTIZER_MAPPING:
+        faces = {"start": staticmethod(start), "finish": staticmethod(finish)}
+        register_quantizer(METHOD)(type("HybriMoEQuantizer", (Quantizer,), faces))
+
+
+class Quantizer(HfQuantizer):  # type: ignore[misc]
+    """What transformers asks while it loads a model for us. One per load."""
+
+    start: Start
+    finish: Finish
+    requires_calibration = False
+
+    def __init__(self, quantization_config: Config | PackedConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.packed: PackedConfig | None = None
+        if isinstance(quantization_config, PackedConfig):
+            self.packed, quantization_config = quantization_config, quantization_config.config
+        self.config = quantization_config
+        self.session: Session | None = None
+        self.arrivals: Arrivals | None = None
+        self.reader: Reader | None = None
+        self.model: Any = None
+        self.shapes: dict[str, torch.Size] = {}
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse what would take weights to where the pool is not."""
+        if self.pre_quantized:
+            raise UnsupportedModelError(
+                "the checkpoint says it is quantized by hybrimoe; load it by hybrimoe.from_pretrained"
+            )
+        check_device_map(device_map)
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Refuse a dtype that experts cannot have."""
+        formats.format_of(self.config.weights, dtype)
+        return dtype
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        if getattr(model.config, "distributed_config", None) is not None:
+            raise UnsupportedModelError("a model spread over processes cannot be loaded packed")
+        if checkpoint_files and self.packed is None:
+            self.reader = Reader(
+                examine_files(checkpoint_files, folder_of(model, checkpoint_files))
+            )
+        self.model = model
+        self.shapes = {name: p.shape for name, p in model.named_parameters()}
+        with torch.device("cpu"):  # transformers builds models under the meta device
+            found = find_experts(model)
+            ensure_fits(model, found, self.config.weights)
+            self.session = self.start(self.config, model)
+            for experts in found:
+                self.session.pack(experts)
+        self.arrivals = Arrivals(self.session.layers)
+        if self.packed is not None:
+            self._read_packed(self.packed)
+            self.arrivals.stand_aside()
+
+    def _read_packed(self, packed: PackedConfig) -> None:
+        assert self.session is not None
+        total = sum(layer.packed.blobs.nbytes for layer in self.session.layers)
+        with tqdm(total=total, desc="Reading experts", unit="B", unit_scale=True) as bar:
+            fill(self.session.layers, packed.manifest, packed.folder, bar.update)
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        """Converters for all that may hold experts.
+
+        transformers asks its own first whether they match a name, but takes the last one given for
+        the pattern that did: so its own stay on the model, for saving it.
+        """
+        if self.packed is not None:
+            return []
+        promised: set[str] = set()
+        share = (self.arrivals, self.reader, promised)
+        known = get_model_conversion_mapping(self.model)
+        known = [converter for converter in known if isinstance(converter, WeightConverter)]
+        self._check_stored_shapes(known)
+        ours = [
+            PackingConverter.instead_of(converter, *share)
+            for converter in known
+            if self._may_hold_experts(converter)
+        ]
+        return ours + [PackingConverter.of_merged(tail, *share) for tail in self._tails()]
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        assert self.arrivals is not None
+        self.arrivals.finish()
+        self._check_shapes(model)
+        if self.packed is not None:
+            del model.config.transformers_weights
+            model.config.name_or_path = model.name_or_path = str(self.packed.folder.parent)
+        own_memory(model)
+        conversions = getattr(model, "_weight_conversions", None) or []
+        model._weight_conversions = [
+            conversion for conversion in conversions if not isinstance(conversion, PackingConverter)
+        ]
+        self.remove_quantization_config(model)
+        for module in model.modules():
+            if hasattr(module, "config") and hasattr(module.config, "_is_quantized"):
+                del module.config._is_quantized
+        session, reader = self.session, self.reader
+        self.session = self.arrivals = self.reader = self.model = None
+        if reader is not None:
+            reader.close()
+        self.finish(session, model)
+
+    def is_serializable(self) -> bool:
+        """A wrapped model saves the weights as the checkpoint has them."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Experts have no gradients."""
+        return False
+
+    def _may_hold_experts(self, converter: WeightConverter) -> bool:
+        assert self.arrivals is not None
+        names = {target.name for target in self.arrivals.targets.values()}
+        return any(pattern.endswith(tuple(names)) for pattern in converter.target_patterns)
+
+    def _tails(self) -> list[str]:
+        """The experts' parameters without the number of the layer: one pattern for all layers."""
+        assert self.arrivals is not None
+        return sorted({re.split(r"\.\d+\.", name)[-1] for name in self.arrivals.targets})
+
+    def _check_stored_shapes(self, known: list[WeightConverter]) -> None:
+        """Raise for a tensor that goes into a parameter as it is and has another shape."""
+        stored = self.reader.catalogue if self.reader is not None else {}
+        for name in stored.keys() & self.shapes.keys():
+            is_converted = any(converter.compiled_sources.search(name) for converter in known)
+            if not is_converted and stored[name].shape != self.shapes[name]:
+                raise CheckpointError(
+                    f"must have the shape {tuple(self.shapes[name])} by the model's configuration, "
+                    f"got {stored[name].shape}",
+                    stored[name].path,
+                    name,
+                )
+
+    def _check_shapes(self, model: Any) -> None:
+        """transformers 5.7 sets parameters of any shape if there is a quantizer."""
+        for name, parameter in model.named_parameters():
+            wanted = self.shapes.get(name)
+            packed = name in self.arrivals.targets  # type: ignore[union-attr]
+            if wanted is not None and parameter.shape != wanted and not packed:
+                raise CheckpointError(
+                    f"must have the shape {tuple(wanted)} by the model's configuration, got "
+                    f"{tuple(parameter.shape)}",
+                    tensor=name,
+                )
+
+
+def check_device_map(device_map: Any) -> None:
+    """Raise ConfigError unless everything is loaded to the CPU."""
+    places = device_map.values() if isinstance(device_map, dict) else [device_map]
+    if any(place is not None and str(place) != "cpu" for place in places):
+        raise ConfigError(
+            f"device_map must be left out or 'cpu', got {device_map!r}: hybrimoe places the experts, "
+            "and hybrimoe.Config(device=...) says where the dense part computes"
+        )
+
+
+def folder_of(model: Any, files: list[str]) -> Path:
+    """The folder that a checkpoint's files must lie in."""
+    name = Path(str(model.config.name_or_path or ""))
+    return name if name.is_dir() else Path(files[0]).parent

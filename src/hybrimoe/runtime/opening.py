@@ -1,0 +1,148 @@
+"""What a name means, and whether it can be loaded, before a loader touches any of its weights."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers.utils.hub import cached_file
+
+from hybrimoe.config import Config
+from hybrimoe.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    ConfigError,
+    UnsupportedModelError,
+)
+from hybrimoe.runtime.checkpoints import CONVERT, INDEX, examine_folder, read_index
+from hybrimoe.runtime.loading import PackedConfig, check_device_map
+from hybrimoe.runtime.packed_files import DENSE, check_dense, read_manifest
+from hybrimoe.runtime.skeleton import first_line
+
+REFUSED = {
+    "quantization_config": "hybrimoe's own is given by config=",
+    "gguf_file": "load it with transformers, then call hybrimoe.wrap",
+    "state_dict": "build the model with it, then call hybrimoe.wrap",
+    "tp_plan": "a model spread over processes cannot be loaded packed",
+    "tp_size": "a model spread over processes cannot be loaded packed",
+    "distributed_config": "a model spread over processes cannot be loaded packed",
+    "device_mesh": "a model spread over processes cannot be loaded packed",
+    "ignore_mismatched_sizes": "weights of other shapes belong to another model",
+}
+"""Arguments of transformers' from_pretrained that mean something else here, and what to do."""
+HUB = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "token",
+    "revision",
+    "subfolder",
+    "proxies",
+)
+"""Arguments that say where files come from."""
+
+
+def load(
+    name: str | os.PathLike[str], config: Config, is_format_given: bool, hf_kwargs: dict[str, Any]
+) -> Any:
+    """What `hybrimoe.from_pretrained` does.
+
+    is_format_given: whether `weights` was asked for by name; else packed files decide it.
+    """
+    for argument, advice in REFUSED.items():
+        if hf_kwargs.get(argument):
+            raise ConfigError(f"{argument} cannot be given to hybrimoe.from_pretrained: {advice}")
+    if hf_kwargs.get("use_safetensors") is False:
+        raise CheckpointError(f"use_safetensors=False asks for pickles: {CONVERT}")
+    check_device_map(hf_kwargs.get("device_map"))
+    folder = Path(name)
+    if folder.is_dir():
+        folder = folder / (hf_kwargs.get("subfolder") or "")
+        manifest = read_manifest(folder)
+        while manifest is not None:
+            try:
+                return load_packed(folder, manifest, config, is_format_given, hf_kwargs)
+            except (CheckpointError, CheckpointNotFoundError):
+                newer = read_manifest(folder)  # a save may have taken the old files away
+                if newer == manifest:
+                    raise
+                manifest = newer
+        examine_folder(folder, hf_kwargs.get("variant"))
+    elif folder.exists() or str(name).startswith((".", "/", "~")):
+        raise CheckpointNotFoundError(f"{name} is no folder with a checkpoint")
+    else:
+        examine_remote(str(name), hf_kwargs)
+    hf_kwargs = {**hf_kwargs, "use_safetensors": True}
+    model_class, _ = class_of(name, hf_kwargs)
+    return model_class.from_pretrained(name, quantization_config=config, **hf_kwargs)
+
+
+def load_packed(
+    folder: Path,
+    manifest: dict[str, Any],
+    config: Config,
+    is_format_given: bool,
+    hf_kwargs: dict[str, Any],
+) -> Any:
+    """Load what `save_packed` wrote: the dense weights by transformers, the experts by ourselves."""
+    stored, dtype = (manifest["layers"][0][key] for key in ("weights", "dtype"))
+    if (is_format_given or config.weights != "native") and config.weights != stored:
+        raise ConfigError(
+            f"weights must be {stored!r}, which the experts in {folder} were packed as, got "
+            f"{config.weights!r}; load the original checkpoint to pack them again"
+        )
+    asked = hf_kwargs.get("dtype") or hf_kwargs.get("torch_dtype") or "auto"
+    if asked != "auto" and str(asked).removeprefix("torch.") != dtype:
+        raise ConfigError(f"dtype must be {dtype}, which {folder} was saved in, got {asked}")
+    part = folder / manifest["folder"]
+    check_dense(part, manifest)
+    ours = {"dtype", "torch_dtype", "subfolder", "variant", "use_safetensors"}
+    hf_kwargs = {key: value for key, value in hf_kwargs.items() if key not in ours}
+    model_class, model_config = class_of(part, hf_kwargs)
+    model_config.transformers_weights = DENSE
+    packed = PackedConfig(config.replace(weights=stored), manifest, part)
+    return model_class.from_pretrained(
+        part, config=model_config, quantization_config=packed, dtype=dtype, **hf_kwargs
+    )
+
+
+def examine_remote(name: str, hf_kwargs: dict[str, Any]) -> None:
+    """Check the index of a repository, before the files that it names are fetched."""
+    place = {key: hf_kwargs[key] for key in HUB if key in hf_kwargs}
+    try:
+        index = cached_file(name, INDEX, _raise_exceptions_for_missing_entries=False, **place)
+    except (OSError, ValueError) as error:
+        raise CheckpointNotFoundError(f"{name}: {first_line(error)}") from error
+    if index is not None:
+        read_index(Path(index), Path(index).parent)
+
+
+def class_of(name: str | os.PathLike[str], hf_kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """The class that loads a checkpoint (for text if there is one, else the one that config.json
+    names), and the configuration."""
+    place = {key: hf_kwargs[key] for key in (*HUB, "trust_remote_code") if key in hf_kwargs}
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, **place)
+    except OSError as error:
+        raise CheckpointNotFoundError(
+            f"no config.json of {os.fspath(name)!r} can be read: {first_line(error)}"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UnsupportedModelError(
+            f"transformers does not know the model in {os.fspath(name)!r}: {first_line(error)}"
+        ) from error
+    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+    if method is not None:
+        raise UnsupportedModelError(
+            f"{os.fspath(name)!r} is quantized by {method}; let transformers load it dequantized, such "
+            "as with quantization_config=Mxfp4Config(dequantize=True), and call hybrimoe.wrap"
+        )
+    text = transformers.AutoModelForCausalLM
+    if type(config) in text._model_mapping or "auto_map" in config.to_dict():
+        return text, config
+    for architecture in config.architectures or ():
+        if hasattr(transformers, architecture):
+            return getattr(transformers, architecture), config
+    return text, config

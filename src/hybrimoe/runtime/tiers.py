@@ -1,0 +1,37 @@
+"""Opens the disk tier that a configuration asks for."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from hybrimoe.config import Config
+from hybrimoe.kernels.layout import expert_layout
+from hybrimoe.runtime import formats
+from hybrimoe.runtime.adapters import FoundExperts, find_experts, top_k_of
+from hybrimoe.runtime.backing import Backing
+from hybrimoe.runtime.disk import DiskTier
+from hybrimoe.runtime.tier_sizes import tier_sizes
+
+
+def open_tier(config: Config, model: nn.Module) -> DiskTier | None:
+    """The tier for a model that is not wrapped yet, or None where RAM holds all its experts.
+
+    Takes no memory and no disk yet. Raises ConfigError.
+    """
+    if config.ram is None:
+        return None
+    layers = [shape_of(found, config.weights) for found in find_experts(model)]
+    top_k = top_k_of(model)
+    sizes = tier_sizes(config.ram, layers, top_k)
+    if sizes is None:
+        return None
+    return DiskTier(sizes, top_k, Backing(config.spill), config.trace)
+
+
+def shape_of(found: FoundExperts, weights: str) -> tuple[int, int]:
+    """How many experts a layer has, and the bytes of one when it is packed."""
+    described = found.describe(found.module)
+    count, matrices, inner, hidden = described.up.shape
+    fmt = formats.format_of(weights, described.up.dtype)
+    layout = expert_layout(fmt, hidden, inner, matrices == 2, described.up_bias is not None)
+    return count, layout.expert_bytes

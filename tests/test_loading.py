@@ -1,0 +1,481 @@
+"""A checkpoint loaded straight into the pool is the model that wrap makes of it."""
+
+import gc
+import json
+import shutil
+import subprocess
+import sys
+import warnings
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Mxfp4Config,
+    Qwen3MoeConfig,
+)
+from transformers.utils import logging
+
+import families
+import generated
+import hybrimoe
+from hybrimoe import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    Config,
+    ConfigError,
+    FormatError,
+    InsufficientMemoryError,
+    UnsupportedModelError,
+)
+from hybrimoe.kernels.layout import expert_layout
+from hybrimoe.runtime import load_memory
+from hybrimoe.runtime.arrivals import Arrivals
+from hybrimoe.runtime.host import HostMemory
+from paths import TINY_MOE
+
+LOSSY = "ignore:the experts were stored as"
+
+
+def through_transformers(path, **config):
+    return AutoModelForCausalLM.from_pretrained(path, quantization_config=Config(**config))
+
+
+DOORS = {"hybrimoe": hybrimoe.from_pretrained, "transformers": through_transformers}
+
+
+def generate(model, tokenizer) -> list[list[int]]:
+    inputs = tokenizer("def main(arguments):\n    ", return_tensors="pt")
+    return model.generate(**inputs, max_new_tokens=16, do_sample=False).tolist()
+
+
+def assert_same_pool(got, wanted) -> None:
+    assert len(got.hybrimoe.layers) == len(wanted.hybrimoe.layers) > 0
+    for a, b in zip(got.hybrimoe.layers, wanted.hybrimoe.layers):
+        assert a.name == b.name
+        assert a.packed[:4] == b.packed[:4]
+        assert (a.packed.blobs == b.packed.blobs).all()
+        assert a.checksum == b.checksum
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    """A copy of the bundled checkpoint that a test may spoil."""
+    return Path(shutil.copytree(TINY_MOE, tmp_path / "checkpoint"))
+
+
+@pytest.fixture
+def small(tmp_path) -> Path:
+    """A sharded checkpoint of 2 layers with 4 experts each."""
+    config = generated.configuration(2, 64, 32, 4, 128)
+    config.num_experts_per_tok = 2
+    return generated.write(tmp_path / "small", config, 3)
+
+
+# Both doors.
+
+
+@pytest.mark.parametrize("weights", ["native", "int8", "int4"])
+@pytest.mark.parametrize("door", DOORS)
+def test_a_loaded_model_has_the_blobs_and_the_tokens_of_a_wrapped_one(
+    door, weights, model, tokenizer
+):
+    loaded = DOORS[door](TINY_MOE, weights=weights)
+    hybrimoe.wrap(model, weights=weights)
+
+    assert_same_pool(loaded, model)
+    assert generate(loaded, tokenizer) == generate(model, tokenizer)
+    assert loaded.hybrimoe.config == Config(weights=weights)
+
+
+@pytest.mark.parametrize("name", families.decorated())
+def test_every_family_loads_bit_equal(name, tmp_path):
+    if name in families.SKIPPED:
+        pytest.skip(families.SKIPPED[name])
+    built = families.build(name)
+    built.save_pretrained(tmp_path)
+    plain = hybrimoe.wrap(type(built).from_pretrained(tmp_path, dtype=torch.float32))
+    loaded = type(built).from_pretrained(
+        tmp_path, dtype=torch.float32, quantization_config=Config()
+    )
+
+    assert_same_pool(loaded, plain)
+    plain, loaded = (hybrimoe.unwrap(model).state_dict() for model in (plain, loaded))
+    assert loaded.keys() == plain.keys()
+    assert all(torch.equal(loaded[key], plain[key]) for key in plain)
+
+
+def test_per_expert_tensors_are_read_a_few_at_a_time_and_never_merged(monkeypatch, small):
+    shapes, merged = [], []
+    stream, accept = Arrivals.stream, Arrivals.accept
+
+    def watched(self, name, fill):
+        def seen(out, first):
+            shapes.append(tuple(out.shape))
+            fill(out, first)
+
+        stream(self, name, seen)
+
+    monkeypatch.setattr(Arrivals, "stream", watched)
+    monkeypatch.setattr(Arrivals, "accept", lambda *a: (merged.append(a[1]), accept(*a)))
+    monkeypatch.setattr("hybrimoe.runtime.arrivals.STAGING_BYTES", 3 * 2 * 32 * 64 * 2)
+    loaded = hybrimoe.from_pretrained(small, weights="native")
+
+    assert merged == []
+    assert (3, 64, 64) in shapes  # 3 experts at a time, then the last one
+    assert (1, 64, 64) in shapes
+    plain = hybrimoe.wrap(AutoModelForCausalLM.from_pretrained(small))
+    assert_same_pool(loaded, plain)
+
+
+def test_dense_weights_are_those_of_the_checkpoint(model):
+    loaded = hybrimoe.from_pretrained(TINY_MOE)
+    wanted = dict(model.named_parameters())
+
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter, wanted[name]), name
+        assert parameter.dtype == wanted[name].dtype
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight  # still tied
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, "float16"])
+def test_the_dtype_asked_for_is_the_dtype_of_dense_weights_and_experts(dtype):
+    loaded = hybrimoe.from_pretrained(TINY_MOE, dtype=dtype)
+    plain = hybrimoe.wrap(AutoModelForCausalLM.from_pretrained(TINY_MOE, dtype=dtype))
+
+    assert_same_pool(loaded, plain)
+    assert {p.dtype for p in loaded.parameters()} == {p.dtype for p in plain.parameters()}
+
+
+def test_settings_may_come_in_a_config_or_by_name():
+    both = hybrimoe.from_pretrained(TINY_MOE, Config(weights="int4"), threads=1)
+
+    assert both.hybrimoe.config == Config(weights="int4", threads=1)
+
+
+def test_an_accelerator_is_opened_as_by_wrap(tokenizer):
+    loaded = hybrimoe.from_pretrained(TINY_MOE, device="emulated", vram=0.5)
+
+    generate(loaded, tokenizer)
+    assert loaded.hybrimoe.hybrid is not None
+    hybrimoe.unwrap(loaded)
+
+
+# Afterwards it is like a wrapped model.
+
+
+@pytest.mark.filterwarnings(LOSSY)
+def test_nothing_of_the_loader_stays_on_the_model(model):
+    loaded = hybrimoe.from_pretrained(TINY_MOE, weights="int4")
+
+    assert not hasattr(loaded, "hf_quantizer")
+    assert not hasattr(loaded, "quantization_method")
+    assert not loaded.is_quantized
+    assert loaded.config.to_dict() == model.config.to_dict()
+    assert not hasattr(loaded.config, "_is_quantized")
+
+
+def test_native_weights_come_back_bit_equal(model):
+    loaded = hybrimoe.unwrap(hybrimoe.from_pretrained(TINY_MOE))
+
+    wanted, got = model.state_dict(), loaded.state_dict()
+    assert got.keys() == wanted.keys()
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+    assert [type(m) for m in loaded.modules()] == [type(m) for m in model.modules()]
+
+
+def test_rounded_weights_come_back_with_the_usual_warning():
+    loaded = hybrimoe.from_pretrained(TINY_MOE, weights="int8")
+
+    with pytest.warns(UserWarning, match="dequantized ones"):
+        hybrimoe.unwrap(loaded)
+    assert loaded.model.layers[0].mlp.experts.down_proj.shape == (32, 192, 64)
+
+
+def test_verify_and_report_know_the_model():
+    loaded = hybrimoe.from_pretrained(TINY_MOE, weights="int4")
+
+    assert hybrimoe.verify(loaded)
+    assert "int4" in str(loaded.hybrimoe.report())
+
+
+def test_save_pretrained_writes_the_checkpoint_s_own_names(tmp_path, model, tokenizer):
+    loaded = hybrimoe.from_pretrained(TINY_MOE)
+    loaded.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+
+    assert generate(again, tokenizer) == generate(model, tokenizer)
+    names = set(read_names(tmp_path / "model.safetensors"))
+    assert "model.layers.0.mlp.experts.3.gate_proj.weight" in names
+
+
+def read_names(path: Path) -> list[str]:
+    with path.open("rb") as file:
+        return list(json.loads(file.read(int.from_bytes(file.read(8), "little"))))
+
+
+# What cannot be.
+
+
+@pytest.mark.parametrize("device_map", ["auto", "cuda", {"": "meta"}, {"model": 0}])
+def test_other_devices_than_the_cpu_are_refused(device_map):
+    with pytest.raises(ConfigError, match="device_map must be left out or 'cpu'"):
+        hybrimoe.from_pretrained(TINY_MOE, device_map=device_map)
+
+
+@pytest.mark.parametrize("device_map", [None, "cpu", {"": "cpu"}, torch.device("cpu")])
+def test_the_cpu_is_accepted(device_map):
+    assert hybrimoe.from_pretrained(TINY_MOE, device_map=device_map).hybrimoe.layers
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("quantization_config", Config()),
+        ("gguf_file", "model.gguf"),
+        ("state_dict", {"a": 1}),
+        ("tp_plan", "auto"),
+        ("ignore_mismatched_sizes", True),
+    ],
+)
+def test_arguments_that_mean_something_else_here_are_refused(argument, value):
+    with pytest.raises(ConfigError, match=argument):
+        hybrimoe.from_pretrained(TINY_MOE, **{argument: value})
+
+
+def test_another_kind_of_config_is_refused():
+    with pytest.raises(ConfigError, match=r"must be a hybrimoe\.Config"):
+        hybrimoe.from_pretrained(TINY_MOE, Qwen3MoeConfig())
+
+
+def test_an_unknown_setting_is_refused_by_the_model():
+    with pytest.raises(TypeError, match="wheights"):
+        hybrimoe.from_pretrained(TINY_MOE, wheights="int4")
+
+
+def test_a_dtype_experts_cannot_have_is_refused():
+    with pytest.raises(FormatError, match="float64"):
+        hybrimoe.from_pretrained(TINY_MOE, dtype=torch.float64)
+
+
+def test_a_checkpoint_of_another_quantization_is_refused_with_the_way_out(checkpoint):
+    edit(checkpoint / "config.json", quantization_config={"quant_method": "mxfp4"})
+
+    with pytest.raises(UnsupportedModelError, match="dequantize=True"):
+        hybrimoe.from_pretrained(checkpoint)
+    assert Mxfp4Config(dequantize=True)  # what the message advises exists
+
+
+def test_a_dense_model_is_refused(tmp_path):
+    config = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 32}
+    config |= {"intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+    LlamaForCausalLM(LlamaConfig(**config)).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="no routed experts"):
+        hybrimoe.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["/nowhere/at/all", "./nowhere", "nobody/has-this-model"])
+def test_a_name_that_is_nothing_is_not_found(name):
+    with pytest.raises(CheckpointNotFoundError):
+        hybrimoe.from_pretrained(name)
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_experts_of_another_size_than_config_json_says_are_refused(door, checkpoint):
+    edit(checkpoint / "config.json", moe_intermediate_size=96)
+
+    with pytest.raises(CheckpointError, match="must have the shape"):
+        DOORS[door](checkpoint)
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_dense_weights_of_another_size_are_refused(door, checkpoint):
+    edit(checkpoint / "config.json", vocab_size=4000)
+
+    with pytest.raises(CheckpointError, match=r"embed_tokens.*must have the shape \(4000, 192\)"):
+        DOORS[door](checkpoint)
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_experts_that_the_checkpoint_lacks_are_named(door, checkpoint):
+    edit(checkpoint / "config.json", num_hidden_layers=13, layer_types=["full_attention"] * 13)
+
+    with pytest.raises(CheckpointError, match=r"no weights for model\.layers\.12\.mlp\.experts"):
+        DOORS[door](checkpoint)
+
+
+def test_too_many_experts_in_config_json_are_refused(checkpoint):
+    edit(checkpoint / "config.json", num_experts=33)
+
+    with pytest.raises(CheckpointError):
+        hybrimoe.from_pretrained(checkpoint)
+
+
+def test_weights_that_a_format_cannot_hold_are_refused_by_name(tmp_path, model):
+    with torch.no_grad():
+        model.model.layers[3].mlp.experts.down_proj[7, 2, 2] = float("nan")
+    model.save_pretrained(tmp_path)
+
+    with pytest.raises(FormatError, match=r"model\.layers\.3\.mlp\.experts\.down_proj"):
+        hybrimoe.from_pretrained(tmp_path, weights="int4")
+    assert hybrimoe.from_pretrained(tmp_path).hybrimoe.layers  # native keeps even that
+
+
+def test_too_little_memory_is_said_before_any_is_taken(monkeypatch):
+    have = HostMemory((16 << 30) + (256 << 20), "a test")
+    monkeypatch.setattr(load_memory, "host_memory", lambda: have)
+    monkeypatch.setattr(load_memory, "expert_layout", enormous)
+    taken = []
+    monkeypatch.setattr("hybrimoe.runtime.experts.allocate_blobs", lambda *a: taken.append(a))
+
+    with pytest.raises(
+        InsufficientMemoryError, match=r"weights='native' needs 27\..*a test.*weights='int8' fits"
+    ):
+        hybrimoe.from_pretrained(TINY_MOE)
+    assert taken == []
+
+
+def enormous(fmt, *shape):
+    layout = expert_layout(fmt, *shape)
+    return layout._replace(expert_bytes=layout.expert_bytes << 10)
+
+
+def edit(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+# An interrupted load.
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_an_interrupted_load_leaves_nothing_behind(door, monkeypatch, tokenizer):
+    references, stream = [], Arrivals.stream
+
+    def interrupted(self, name, fill):
+        references.append(weakref.ref(self.layers[0].pool))
+        if len(references) == 5:
+            raise KeyboardInterrupt
+        stream(self, name, fill)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Arrivals, "stream", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            DOORS[door](TINY_MOE, weights="int4")
+    gc.collect()
+
+    assert references[0]() is None
+    assert torch.get_default_dtype() == torch.float32
+    assert torch.empty(1).device.type == "cpu"
+    assert generate(DOORS[door](TINY_MOE), tokenizer)
+
+
+# Whole processes.
+
+COMMON = """
+import json, os, sys, threading, time, warnings
+from pathlib import Path
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+import torch, transformers, hybrimoe
+warnings.simplefilter("ignore")
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+"""
+
+PEAK = """
+def anonymous():
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+
+hybrimoe.from_pretrained(sys.argv[1], weights="int4")  # compiles, which takes memory of its own
+before, samples, done = anonymous(), [], threading.Event()
+
+def sample():
+    while not done.is_set():
+        samples.append(anonymous())
+        time.sleep(0.001)
+
+sampler = threading.Thread(target=sample)
+sampler.start()
+model = hybrimoe.from_pretrained(sys.argv[2], weights="int4")
+done.set()
+sampler.join()
+print(json.dumps({
+    "peak": max(samples) - before, "samples": len(samples), "pool": model.hybrimoe.pool.nbytes,
+    "layer": model.hybrimoe.layers[0].native_bytes,
+    "dense": sum(p.nbytes for p in model.parameters()),
+}))
+"""
+
+SHRINKING = """
+path = Path(sys.argv[1]) / "model.safetensors"
+model = hybrimoe.from_pretrained(sys.argv[1], weights="int4")
+os.truncate(path, 4096)
+model.generate(torch.arange(8)[None], max_new_tokens=2, do_sample=False)
+print(json.dumps("Path" in globals() and str(path) not in Path("/proc/self/maps").read_text()))
+"""
+
+
+def run(code: str, *arguments: str) -> object:
+    """The last line that a fresh process prints, as JSON."""
+    command = [sys.executable, "-c", COMMON + code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is read from /proc")
+def test_a_load_takes_the_packed_experts_the_dense_weights_and_less_than_a_layer(tmp_path):
+    folder = generated.write(
+        tmp_path / "big", generated.configuration(6, 1024, 512, 16, 512), shards=6
+    )
+    assert sum(path.stat().st_size for path in folder.glob("*.safetensors")) > 300e6
+    used = run(PEAK, str(TINY_MOE), str(folder))
+
+    assert used["samples"] > 20
+    assert used["peak"] >= used["pool"]  # or it was not measured
+    assert used["peak"] <= used["pool"] + used["dense"] + used["layer"]
+
+
+def test_a_file_that_shrinks_after_the_load_does_not_kill_the_process(checkpoint):
+    assert run(SHRINKING, str(checkpoint)) is True
+
+
+def test_a_file_that_shrinks_during_the_load_is_a_typed_error(checkpoint, monkeypatch):
+    stream, calls = Arrivals.stream, []
+
+    def cut(self, name, fill):
+        calls.append(name)
+        if len(calls) == 3:
+            with (checkpoint / "model.safetensors").open("r+b") as file:
+                file.truncate(1 << 20)
+        stream(self, name, fill)
+
+    monkeypatch.setattr(Arrivals, "stream", cut)
+    with pytest.raises(CheckpointError, match="shorter since it was checked"):
+        hybrimoe.from_pretrained(checkpoint)
+
+
+def test_importing_does_not_import_the_loader():
+    code = "import sys, hybrimoe; print('transformers.quantizers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert done.stdout == "False\n"
+
+
+def test_a_load_warns_of_nothing_and_shows_the_bar_of_transformers(capsys):
+    logging.enable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            hybrimoe.from_pretrained(TINY_MOE)
+    finally:
+        logging.disable_progress_bar()
+    printed = capsys.readouterr()
+
+    assert printed.out == ""
+    assert "Loading weights" in printed.err
