@@ -48,8 +48,8 @@ MUTATIONS = (
     Mutation(
         "drop the wait for a copy's arrival",
         "runtime/executor.py",
-        "            after += waiting  #",
-        "            after += []  #",
+        "                after += waiting  #",
+        "                after += []  #",
         "tests/test_state_machine.py tests/test_hybrid.py",
     ),
     Mutation(
@@ -76,7 +76,7 @@ MUTATIONS = (
     Mutation(
         "compute a slot without asking what it holds",
         "runtime/executor.py",
-        "            if self.content[slot][:2] != (index, expert):",
+        "            if held.expert != expert or held.layer != index:",
         "            if False:",
         "tests/test_hybrid.py",
     ),
@@ -118,7 +118,7 @@ MUTATIONS = (
     Mutation(
         "read the wrong expert",
         "kernels/experts.py",
-        "            at = e * layout.expert_bytes + s * layout.shard_bytes\n            gate_up_tile",
+        "            at = place[e] * layout.expert_bytes + s * layout.shard_bytes\n            gate_up_tile",
         "            at = s * layout.shard_bytes\n            gate_up_tile",
         "tests/test_wrap.py",
     ),
@@ -140,8 +140,9 @@ MUTATIONS = (
 
 
 def mutated(mutation: Mutation, folder: Path) -> Path:
-    """A copy of src with one edit, without caches of compiled code."""
+    """A copy of src with one edit, always at the same place, so that compiled code is found again."""
     source = folder / "src"
+    shutil.rmtree(source, ignore_errors=True)
     shutil.copytree(ROOT / "src", source, ignore=shutil.ignore_patterns("__pycache__"))
     file = source / "hybrimoe" / mutation.file
     text = file.read_text()
@@ -151,29 +152,29 @@ def mutated(mutation: Mutation, folder: Path) -> Path:
     return source
 
 
-def survives(mutation: Mutation) -> bool:
+def survives(mutation: Mutation, folder: Path) -> bool:
     """Whether its tests are still green."""
-    with tempfile.TemporaryDirectory() as name:
-        source = mutated(mutation, Path(name))
-        environment = os.environ | {"PYTHONPATH": str(source), "NUMBA_CACHE_DIR": f"{name}/numba"}
-        command = [sys.executable, "-m", "pytest", "-x", "-q", *mutation.tests.split()]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    source = mutated(mutation, folder)
+    environment = os.environ | {"PYTHONPATH": str(source), "NUMBA_CACHE_DIR": f"{folder}/numba"}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", *mutation.tests.split()]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode not in (0, 1):
         raise SystemExit(f"{mutation.name}: pytest could not run\n{done.stdout}{done.stderr}")
     return done.returncode == 0
 
 
 def main() -> None:
-    wanted = sys.argv[1:]
-    alive = 0
-    for mutation in MUTATIONS:
-        if wanted and mutation.name not in wanted:
-            continue
-        started = time.perf_counter()
-        lives = survives(mutation)
-        alive += lives
-        seconds = time.perf_counter() - started
-        print(f"{'SURVIVES' if lives else 'found':9} {mutation.name} ({seconds:.0f} s)", flush=True)
+    wanted, alive = sys.argv[1:], 0
+    with tempfile.TemporaryDirectory() as folder:
+        for mutation in MUTATIONS:
+            if wanted and mutation.name not in wanted:
+                continue
+            started = time.perf_counter()
+            lives = survives(mutation, Path(folder))
+            alive += lives
+            seconds = time.perf_counter() - started
+            verdict = "SURVIVES" if lives else "found"
+            print(f"{verdict:9} {mutation.name} ({seconds:.0f} s)", flush=True)
     sys.exit(alive > 0)
 
 

@@ -250,20 +250,23 @@ class TorchExecutor:
         shards = np.zeros((nowhere + 1, 2), np.int32)
         after, happened = [], self.accelerator.happened
         for expert, slot in wave.items():
-            if self.content[slot][:2] != (index, expert):
+            held = self.content[slot]
+            if held.expert != expert or held.layer != index:
                 raise PolicyError(
-                    f"slot {slot} holds {self.content[slot]}, not expert {expert} of layer {index}"
+                    f"slot {slot} holds {held}, not expert {expert} of layer {index}"
                 )
-            table[expert], shards[slot, 1] = slot, on_gpu[expert]
-            waiting = [event for event in self.arrivals[slot] if not happened(event)]
-            after += waiting  # hazard: its weights may still be on the wire
-            self.arrivals[slot] = waiting
+            if self.arrivals[slot]:
+                waiting = [event for event in self.arrivals[slot] if not happened(event)]
+                after += waiting  # hazard: its weights may still be on the wire
+                self.arrivals[slot] = waiting
+        experts, slots = list(wave), list(wave.values())
+        table[experts], shards[slots, 1] = slots, on_gpu[experts]
         call, layer = self.call, self.pool.layer(index)
         partial = torch.empty_like(call.hidden, dtype=torch.float32)
         event = self.accelerator.experts(
             layer, call.hidden, table[call.ids], call.weights, shards, partial, after
         )
-        for slot in wave.values():
+        for slot in slots:
             self.last_use[slot] = event
         self.meter.ordered(event, gpu_span(load, wave, on_gpu, layer.layout.shards))
         return partial, event
