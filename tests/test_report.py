@@ -2,6 +2,7 @@
 
 import re
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import pytest
 
@@ -91,6 +92,13 @@ def test_the_table_has_a_row_per_line_and_says_the_same(model, monkeypatch):
     assert {"format", "decode", "cache", "experts", "busy", "idle", "slowest"} <= {
         name for name, _ in rows
     }
+
+
+def test_ipython_shows_the_text_where_it_has_no_tables():
+    report, shown = of_one_layer(), []
+    report._repr_pretty_(SimpleNamespace(text=shown.append), cycle=False)
+
+    assert shown == [str(report)]
 
 
 def test_names_cannot_break_the_table():

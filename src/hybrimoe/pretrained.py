@@ -70,4 +70,5 @@ def _finish(runtime: Runtime, model: nn.Module) -> None:
         complete(runtime, model)
     except BaseException:
         runtime.detach()
+        runtime.close()
         raise

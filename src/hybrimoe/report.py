@@ -88,6 +88,10 @@ class Report:
         head = f"<tr><th colspan=2 {LEFT}>{html.escape(self._title())}</th></tr>"
         return f"<table>{head}{''.join(map(_html_row, self._rows()))}</table>"
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """The text, where IPython has no tables."""
+        printer.text(str(self))
+
     def _title(self) -> str:
         where = f"the CPU, {self.threads} threads"
         if self.hybrid:

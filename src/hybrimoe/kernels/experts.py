@@ -199,9 +199,7 @@ def gate_up(tag, isa, fmt, layout, strides, blobs, at, g, p, block, scratch):
 
 
 @inner
-def down_worker(
-    isa, fmt, dtype, layout, strides, blobs, place, shards, active, out, add, scratch
-):
+def down_worker(isa, fmt, dtype, layout, strides, blobs, place, shards, active, out, add, scratch):
     """One tile is a chunk of 16-row blocks of D, summed over all experts and tokens."""
     chunks = -(-(layout.hidden // 16) // strides.chunk)
     tile = take(scratch.counters, 3)

@@ -163,7 +163,9 @@ def check_arguments(
     if layer.place is not None:
         _check("place", layer.place, (experts,), np.dtype(np.int32))
         if not 0 <= layer.place.min() <= layer.place.max() < len(layer.blobs):
-            raise RoutingError(f"place must name rows in [0, {len(layer.blobs)}), got {layer.place}")
+            raise RoutingError(
+                f"place must name rows in [0, {len(layer.blobs)}), got {layer.place}"
+            )
     if not ids_in_range(ids, experts):
         bad = ids[(ids < 0) | (ids >= experts)][0]
         raise RoutingError(f"expert ids must lie in [0, {experts}), got {bad}")

@@ -76,7 +76,7 @@ class Arrivals:
         else:
             self._held[layer][name] = tensor.clone()  # the loader's may be a map of the file
             self._pack_held(layer)
-        self.arrived.add(full_name)
+        self._arrive(full_name)
 
     def stream(self, full_name: str, fill: Fill) -> None:
         """Take an up or down parameter a few experts at a time: `fill` reads them."""
@@ -91,7 +91,7 @@ class Arrivals:
             count = min(chunk, shape[0] - first)
             fill(staging[:count], first)
             self._pack(layer, role, views, first, count)
-        self.arrived.add(full_name)
+        self._arrive(full_name)
 
     def can_stream(self, full_name: str) -> bool:
         """Whether this parameter can be packed a few experts at a time."""
@@ -113,6 +113,13 @@ class Arrivals:
             self._prepare(layer)
             if not layer.is_filled:
                 layer.seal()
+
+    def _arrive(self, full_name: str) -> None:
+        """Book a parameter; a layer that has all of them may leave for the disk at once."""
+        self.arrived.add(full_name)
+        layer = self.targets[full_name].layer
+        if all(f"{layer.name}.{name}" in self.arrived for name in layer.shapes):
+            layer.seal()
 
     def _prepare(self, layer: PooledExperts) -> None:
         """Give the original parameters that hold nothing, instead of those of the meta device."""

@@ -77,6 +77,7 @@ class DiskTier:
         self._reads: dict[int, Read] = {}  # by slot
         self._guesses: dict[int, int] = {}  # slot and stamp of forecast experts not yet asked for
         self._lent: list[int] = []
+        self._counted: set[tuple[int, int]] = set()  # what of the layer at hand `want` has counted
         self._is_sound = True  # whether the last call came to its end
         self.reset()
 
@@ -108,10 +109,12 @@ class DiskTier:
         """Have absent experts read, as far as there are slots; somebody will ask for them next."""
         with self._entered():
             keep = np.asarray(list(experts), np.int32)
+            self._counted.clear()
             for expert in keep.tolist():
                 if not self._has_slot(layer, expert, keep):
                     return
-                self._ensure(layer, expert, urgent=True)
+                self._count(self._ensure(layer, expert, urgent=True))
+                self._counted.add((layer, expert))
 
     def lend(self, layer: int, expert: int) -> tuple[np.ndarray, int]:
         """An expert's bytes, and the slot to `give_back` when nobody reads them any more."""
@@ -218,7 +221,9 @@ class DiskTier:
                 if held:
                     break  # there will be slots when these are done
                 self._force_slot(layer, expert)
-            self._count(self._ensure(layer, expert, urgent=True))
+            found = self._ensure(layer, expert, urgent=True)
+            if (layer, expert) not in self._counted:
+                self._count(found)
             slots = self.cache.hold(layer, np.array([expert], np.int32))
             held.add(int(slots[0]))
             part.append(waiting.popleft())

@@ -43,6 +43,9 @@ class Session(Protocol):
 
     layers: list[PooledExperts]
 
+    def make_room(self) -> None:
+        """Reserve the disk space of experts that do not stay in RAM."""
+
     def pack(self, experts: FoundExperts) -> PooledExperts:
         """Add a layer to the pool; one on the meta device gets memory that is still to be filled."""
 
@@ -124,8 +127,10 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
         self.shapes = {name: p.shape for name, p in model.named_parameters()}
         with torch.device("cpu"):  # transformers builds models under the meta device
             found = find_experts(model)
-            ensure_fits(model, found, self.config.weights)
+            ensure_fits(model, found, self.config.weights, self.config.ram)
             self.session = self.start(self.config, model)
+            if self.packed is None:
+                self.session.make_room()
             for experts in found:
                 self.session.pack(experts)
         self.arrivals = Arrivals(self.session.layers)

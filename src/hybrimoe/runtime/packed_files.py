@@ -180,6 +180,8 @@ def fill(
 ) -> None:
     """Read all blobs into the pool, in parallel, and compare their checksums.
 
+    What a disk tier holds is only compared, and read from these files from now on.
+
     progress: told the bytes of each layer that is done.
     """
     entries = manifest["layers"]
@@ -191,8 +193,9 @@ def fill(
             folder,
         )
     jobs = [_open_layer(layer, entry, folder) for layer, entry in zip(layers, entries)]
+    tier = layers[0].pool.tier
     with ThreadPoolExecutor(max_workers=max(2, min(8, usable_cores()))) as pool:
-        futures = [pool.submit(_read_layer, *job) for job in jobs]
+        futures = [pool.submit(_read_layer, *job, tier is None) for job in jobs]
         try:
             for future, job in zip(futures, jobs):
                 future.result()
@@ -200,8 +203,11 @@ def fill(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    for layer, entry in zip(layers, entries):
+    for layer, entry, (path, offset, blobs, _) in zip(layers, entries, jobs):
         layer.is_filled, layer.checksum = True, entry["checksum"]
+        if tier is not None:
+            tier.backing.adopt(layer.index, path, offset, blobs)
+            layer.pool.leave_on_disk(layer.index)
 
 
 def _open_layer(
@@ -224,11 +230,12 @@ def _open_layer(
     return path, stored.offset, blobs, entry["checksum"]
 
 
-def _read_layer(path: Path, offset: int, blobs: np.ndarray, wanted: int) -> None:
+def _read_layer(path: Path, offset: int, blobs: np.ndarray, wanted: int, keep: bool) -> None:
     flat, total = blobs.reshape(-1), 0
+    passing = np.empty(0 if keep else min(CHUNK, flat.size), np.uint8)
     with path.open("rb", buffering=0) as file:
         for at in range(0, flat.size, CHUNK):
-            part = flat[at : at + CHUNK]
+            part = flat[at : at + CHUNK] if keep else passing[: flat.size - at]
             if read_at(file.fileno(), part, offset + at) < part.size:
                 raise CheckpointError("ended early: it has become shorter", path)
             total += checksum(part)
@@ -253,7 +260,7 @@ def describe(layer: PooledExperts) -> dict[str, Any]:
 
 
 def _write_layer(layer: PooledExperts, folder: Path, at: int) -> dict[str, Any]:
-    blobs = layer.packed.blobs
+    blobs = layer.pool.blobs(layer.index)
     header = json.dumps(
         {layer.name: {"dtype": "U8", "shape": blobs.shape, "data_offsets": [0, blobs.nbytes]}}
     ).encode()
