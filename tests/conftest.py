@@ -9,12 +9,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here needs the network
 
 import pytest
 import torch
+from hypothesis import Phase, settings
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizer
 from transformers.utils import logging
 
 from paths import TINY_MOE
 
 logging.disable_progress_bar()
+# For tests/mutations: there a failure is all that is asked for.
+settings.register_profile("first-failure", phases=[Phase.explicit, Phase.generate])
 
 
 @pytest.fixture(scope="session")

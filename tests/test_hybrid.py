@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import hybrimoe
 from hybrimoe import api
 from hybrimoe.errors import ConfigError, DeviceLostError, PlanError, PolicyError
+from hybrimoe.policy.cache import Move
 from hybrimoe.policy.presets import PRESETS
 from hybrimoe.policy.scheduler import Plan, Scheduler
 from hybrimoe.runtime.device import EmulatedAccelerator
@@ -113,6 +114,16 @@ def test_a_slot_that_holds_another_expert_is_never_computed(model, inputs):
     content[:] = content[1:] + content[:1]
     with pytest.raises(PolicyError, match="holds"):
         outputs(model, inputs)
+
+
+def test_a_copy_into_a_slot_that_changed_hands_since_is_refused(model):
+    hybrid = hybrimoe.wrap(model, device="emulated", vram=0.25).hybrimoe.hybrid
+    layer, expert = 0, int((hybrid.cache.slot[0] >= 0).argmax())
+    slot = int(hybrid.cache.slot[layer, expert])
+    stamp = int(hybrid.cache.generation[slot])
+    hybrid.executor.copy(Move(layer, expert, slot, stamp), hybrid.engine.timeline)
+    with pytest.raises(PolicyError, match="stale"):
+        hybrid.executor.copy(Move(layer, expert, slot, stamp - 1), hybrid.engine.timeline)
 
 
 @pytest.mark.parametrize("operation", ["copy", "experts"])

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
@@ -33,9 +35,9 @@ from hybrimoe import (
     UnsupportedModelError,
 )
 from hybrimoe.kernels.layout import expert_layout
-from hybrimoe.runtime import load_memory
+from hybrimoe.runtime import footprint, load_memory, tiers
 from hybrimoe.runtime.arrivals import Arrivals
-from hybrimoe.runtime.host import HostMemory
+from hybrimoe.runtime.host import MARGIN, HostMemory
 from paths import TINY_MOE
 
 LOSSY = "ignore:the experts were stored as"
@@ -325,23 +327,98 @@ def test_weights_that_a_format_cannot_hold_are_refused_by_name(tmp_path, model):
     assert hybrimoe.from_pretrained(tmp_path).hybrimoe.layers  # native keeps even that
 
 
-def test_too_little_memory_is_said_before_any_is_taken(monkeypatch):
-    have = HostMemory((16 << 30) + (256 << 20), "a test")
-    monkeypatch.setattr(load_memory, "host_memory", lambda: have)
-    monkeypatch.setattr(load_memory, "expert_layout", enormous)
-    taken = []
-    monkeypatch.setattr("hybrimoe.runtime.experts.allocate_blobs", lambda *a: taken.append(a))
+@pytest.fixture
+def taken(monkeypatch) -> list:
+    """What was allocated for blobs: a test of a refusal wants nothing."""
+    found = []
+    monkeypatch.setattr("hybrimoe.runtime.experts.allocate_blobs", lambda *a: found.append(a))
+    return found
 
-    with pytest.raises(
-        InsufficientMemoryError, match=r"weights='native' needs 27\..*a test.*weights='int8' fits"
-    ):
-        hybrimoe.from_pretrained(TINY_MOE)
-    assert taken == []
+
+def enlarge(monkeypatch, free: int) -> None:
+    """Experts of GiB, and so many bytes of memory besides the margin."""
+    monkeypatch.setattr(load_memory, "host_memory", lambda: HostMemory(free + MARGIN, "a test"))
+    monkeypatch.setattr(footprint, "expert_layout", enormous)
+    monkeypatch.setattr(tiers, "expert_layout", enormous)
 
 
 def enormous(fmt, *shape):
     layout = expert_layout(fmt, *shape)
     return layout._replace(expert_bytes=layout.expert_bytes << 10)
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_too_little_memory_is_said_before_any_is_taken(door, monkeypatch, taken):
+    enlarge(monkeypatch, 16 << 30)
+
+    with pytest.raises(
+        InsufficientMemoryError, match=r"weights='native' needs 27\..*a test.*weights='int8' fits"
+    ):
+        DOORS[door](TINY_MOE)
+    assert taken == []
+
+
+def test_where_no_format_fits_the_error_says_how_much_may_stay_in_ram(monkeypatch, taken):
+    enlarge(monkeypatch, 4 << 30)
+
+    with pytest.raises(InsufficientMemoryError, match=r"ram='\d+MiB' fits") as refused:
+        hybrimoe.from_pretrained(TINY_MOE, weights="int4")
+    assert taken == []
+    ram = re.search(r"ram='(\d+MiB)'", str(refused.value)).group(1)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(TINY_MOE))
+    load_memory.ensure_fits(model, "int4", ram)
+    with pytest.raises(InsufficientMemoryError, match="fits, with the other experts on disk"):
+        load_memory.ensure_fits(model, "int4", "5GiB")
+
+
+def test_not_even_a_budget_of_ram_helps_where_dense_weights_do_not_fit(monkeypatch, taken):
+    monkeypatch.setattr(load_memory, "host_memory", lambda: HostMemory(MARGIN + 1024, "a test"))
+
+    with pytest.raises(InsufficientMemoryError, match="no format of the experts fits, not even"):
+        hybrimoe.from_pretrained(TINY_MOE)
+    assert taken == []
+
+
+def test_packed_files_are_judged_by_their_own_size(monkeypatch, taken, tmp_path):
+    with monkeypatch.context() as before:
+        before.undo()
+        hybrimoe.save_packed(hybrimoe.from_pretrained(TINY_MOE, weights="int8"), tmp_path)
+    enlarge(monkeypatch, 8 << 30)
+
+    with pytest.raises(InsufficientMemoryError, match=r"weights='int8' needs 14\..*; ram='\d+MiB'"):
+        hybrimoe.from_pretrained(tmp_path)
+    assert taken == []
+
+
+def test_the_check_agrees_with_the_plan(monkeypatch):
+    needs = []
+    monkeypatch.setattr(load_memory, "ensure_host_fits", lambda need, *_: needs.append(need))
+    for weights in ("native", "int8", "int4"):
+        hybrimoe.from_pretrained(TINY_MOE, weights=weights)
+    plans = [hybrimoe.plan(TINY_MOE, weights=weights) for weights in ("native", "int8", "int4")]
+
+    assert needs == [found.load_peak_bytes for found in plans]
+
+
+@pytest.mark.parametrize("weights", ["native", "int4"])
+def test_wrap_says_too_little_memory_before_the_model_is_touched(monkeypatch, model, weights):
+    experts = model.model.layers[0].mlp.experts
+    monkeypatch.setattr(load_memory, "host_memory", lambda: HostMemory(MARGIN + 1024, "a test"))
+
+    with pytest.raises(InsufficientMemoryError, match=rf"wrapping.*weights='{weights}' needs.*a te"):
+        hybrimoe.wrap(model, weights=weights)
+    assert model.model.layers[0].mlp.experts is experts
+    monkeypatch.undo()
+    assert hybrimoe.wrap(model, weights=weights).hybrimoe.layers
+
+
+def test_wrap_needs_one_layer_more_and_gives_back_each_as_it_goes(monkeypatch, model):
+    needs = []
+    monkeypatch.setattr(load_memory, "ensure_host_fits", lambda need, *_: needs.append(need))
+    hybrimoe.wrap(model)
+
+    assert needs == [model.hybrimoe.layers[0].packed.blobs.nbytes]
 
 
 def edit(path: Path, **changes) -> None:

@@ -34,6 +34,7 @@ from hybrimoe.runtime.experts import PooledExperts
 from hybrimoe.runtime.guards import Guards, refuse_copy, refuse_pickle
 from hybrimoe.runtime.hybrid import Hybrid
 from hybrimoe.runtime.linears import PackedLinear, find_linears
+from hybrimoe.runtime.load_memory import ensure_wrap_fits
 from hybrimoe.runtime.memory import kv_bytes
 from hybrimoe.runtime.pool import ExpertPool
 from hybrimoe.runtime.routers import seats_of
@@ -69,7 +70,8 @@ class Runtime:
     def report(self) -> Report:
         """What happened since the last reset, and where the time went."""
         return Report.of(
-            self.config, self.layers, self._counters, self.pool.nbytes, self.threads, self.hybrid
+            *(self.config, self.layers, self._counters, self.pool.nbytes, self.threads),
+            *(self.hybrid, self.pool.tier),
         )
 
     def stats(self) -> dict[str, Any]:
@@ -87,13 +89,15 @@ class Runtime:
     def export_trace(self, path: str | os.PathLike[str]) -> None:
         """Write measured and predicted spans as a Chrome trace, for ui.perfetto.dev.
 
-        Needs an accelerator and `hybrimoe.wrap(model, trace=True)`; raises ConfigError otherwise.
+        Needs `hybrimoe.wrap(model, trace=True)` with an accelerator, or with experts on disk, whose
+        reads are the LINK of "disk"; raises ConfigError otherwise.
         """
-        if self.hybrid is None:
+        tier, spans = self.pool.tier, self.hybrid.spans() if self.hybrid else {}
+        if self.hybrid is None and tier is None:
             raise ConfigError("export_trace needs an accelerator; every expert runs on the CPU")
-        events = [
-            event for name, spans in self.hybrid.spans().items() for event in perfetto(spans, name)
-        ]
+        if tier is not None:
+            spans["disk"] = tier.spans()
+        events = [event for name, found in spans.items() for event in perfetto(found, name)]
         write_atomically(Path(path), json.dumps({"traceEvents": events}).encode())
 
     def make_room(self) -> None:
@@ -173,7 +177,7 @@ def wrap(model: Model, config: Config | None = None, **overrides: Any) -> Model:
     Returns the same model; `model.hybrimoe` is its `Runtime`. `overrides` are fields of `Config`.
     Needs the memory of one layer on top of the model, and gives back each layer as it goes. Wrapping
     twice changes nothing and warns if the configuration differs. Raises UnsupportedModelError,
-    ConfigError or FormatError before the model is touched.
+    ConfigError, FormatError or InsufficientMemoryError before the model is touched.
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -189,6 +193,7 @@ def wrap(model: Model, config: Config | None = None, **overrides: Any) -> Model:
         )
     found = find_experts(model)
     _check(found, config)
+    ensure_wrap_fits(model, found, config.weights, config.ram)
     runtime = Runtime(config, model)
     try:
         runtime.make_room()

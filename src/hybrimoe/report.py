@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hybrimoe.config import Config
+    from hybrimoe.runtime.disk import DiskTier
     from hybrimoe.runtime.experts import PooledExperts
     from hybrimoe.runtime.hybrid import Hybrid
     from hybrimoe.runtime.stats import Stats
@@ -49,6 +50,7 @@ class Report:
     experts_s: float
     layers: tuple[LayerReport, ...]
     hybrid: dict[str, Any] | None = None
+    disk: dict[str, Any] | None = None
 
     @classmethod
     def of(
@@ -59,6 +61,7 @@ class Report:
         pool_bytes: int,
         threads: int,
         hybrid: Hybrid | None = None,
+        tier: DiskTier | None = None,
     ) -> Report:
         """Put the counters of a runtime together."""
         return cls(
@@ -74,6 +77,7 @@ class Report:
             experts_s=sum(layer.seconds for layer in stats.layers),
             layers=tuple(_layer_report(layer, stats) for layer in layers),
             hybrid=hybrid.to_dict() if hybrid else None,
+            disk=tier.to_dict() if tier else None,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -110,6 +114,8 @@ class Report:
             yield "time", f"{total:.2f} s: {parts}"
         if self.hybrid:
             yield from _shared(self.hybrid, self.prefill_tokens + self.decode_tokens)
+        if self.disk:
+            yield from _on_disk(self.disk)
         for layer in sorted(self.layers, key=lambda layer: -layer.ms * layer.launches)[:SLOWEST]:
             if layer.launches:
                 yield "slowest", _layer_text(layer)
@@ -133,6 +139,22 @@ def _layer_text(layer: LayerReport) -> str:
     return (
         f"{layer.name}: {layer.ms:.3f} ms per launch, {layer.experts:.1f} experts, "
         f"{layer.gb_s:.1f} GB/s of weights"
+    )
+
+
+def _on_disk(counts: dict[str, Any]) -> Iterator[Row]:
+    """What RAM held of the experts, and what the disk cost."""
+    mib = {name: counts[name] / 2**20 for name in ("ram_bytes", "read_bytes")}
+    yield (
+        "ram",
+        f"{counts['slots']} of {counts['experts']} experts in {mib['ram_bytes']:.1f} MiB: "
+        f"{counts['hit_rate']:.1%} hits, {counts['late']} on their way, {counts['misses']} misses",
+    )
+    speed = counts["read_bytes"] / max(counts["disk_s"], 1e-9) / 1e9
+    yield (
+        "disk",
+        f"{counts['reads']} experts, {mib['read_bytes']:.1f} MiB in {counts['disk_s']:.2f} s "
+        f"({speed:.2f} GB/s); waited for {counts['waited_s']:.2f} s",
     )
 
 

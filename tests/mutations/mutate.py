@@ -157,6 +157,7 @@ def survives(mutation: Mutation, folder: Path) -> bool:
     source = mutated(mutation, folder)
     environment = os.environ | {"PYTHONPATH": str(source), "NUMBA_CACHE_DIR": f"{folder}/numba"}
     command = [sys.executable, "-m", "pytest", "-x", "-q", *mutation.tests.split()]
+    command += ["--hypothesis-profile", "first-failure"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode not in (0, 1):
         raise SystemExit(f"{mutation.name}: pytest could not run\n{done.stdout}{done.stderr}")

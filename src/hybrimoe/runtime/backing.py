@@ -90,9 +90,7 @@ class Backing:
                 _write_at(place.file, blobs[e], place.offset + e * place.stride)
             os.fdatasync(place.file) if hasattr(os, "fdatasync") else os.fsync(place.file)
         except OSError as error:
-            raise StorageError(
-                f"spill={str(self.folder)!r} cannot be written: {error}"
-            ) from error
+            raise StorageError(f"spill={str(self.folder)!r} cannot be written: {error}") from error
         _forget(place.file, place.offset, experts * place.stride)
         self._end += experts * place.stride
         self.places[layer] = place
@@ -153,8 +151,10 @@ class Backing:
     def _pread(self, place: Place, out: np.ndarray, start: int, least: int) -> None:
         """At least the first `least` bytes of `out`; a direct read may ask for some behind the end."""
         try:
-            done = _read_direct(place.file, out, start, least) if self.is_direct else (
-                read_at(place.file, out, start)
+            done = (
+                _read_direct(place.file, out, start, least)
+                if self.is_direct
+                else (read_at(place.file, out, start))
             )
         except OSError as error:
             raise DiskReadError(

@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from hybrimoe.errors import PolicyError
+from hybrimoe.errors import ConfigError, PolicyError
 from hybrimoe.kernels.moe import PackedLayer, Workspace, run_layer
 from hybrimoe.policy.cache import Cache, Move
 from hybrimoe.policy.forecaster import Markov, Trust
 from hybrimoe.policy.ranking import NextToken
-from hybrimoe.policy.routing import Load
+from hybrimoe.policy.routing import Forecast, Load
 from hybrimoe.policy.timeline import Lane, Span, Timeline
 from hybrimoe.runtime.backing import Backing
 from hybrimoe.runtime.pool import allocate
@@ -42,7 +42,7 @@ NOTHING = (-1, -1, -1)
 class Job(NamedTuple):
     """One layer to compute: the arguments of `run_layer`."""
 
-    index: int
+    number: int
     layer: PackedLayer
     x: np.ndarray
     ids: np.ndarray
@@ -90,18 +90,19 @@ class DiskTier:
         if self.timeline.spans is not None:
             self.timeline.spans.clear()
 
-    def run(self, job: Job) -> None:
+    def run(self, job: Job, forecasts: Sequence[Forecast] = ()) -> None:
         """`run_layer` for a layer on disk, in as many parts as RAM asks for.
 
         Parts follow each other in rising order of experts, so that the output has the very bits that
-        it has with all experts in RAM. Raises DiskReadError.
+        it has with all experts in RAM. forecasts: of what the next layer will ask for; without them
+        the tier makes its own. Raises DiskReadError.
         """
         with self._entered():
             load = load_of(job)
             self._observe(load)
             held: set[int] = set()
             try:
-                self._run(job, load, held)
+                self._run(job, load, held, forecasts)
             finally:
                 self._release(held)
 
@@ -115,6 +116,18 @@ class DiskTier:
                     return
                 self._count(self._ensure(layer, expert, urgent=True))
                 self._counted.add((layer, expert))
+
+    def is_here(self, layer: int, expert: int) -> bool:
+        """Whether an expert can be lent without waiting for the disk."""
+        with self._entered():
+            slot = self.cache.slot.item(layer, expert)
+            return slot >= 0 and self._content[slot] == self._owner(slot)
+
+    def expect(self, layer: int, expert: int) -> None:
+        """Have an expert read when the disk has nothing else to do; it will be lent later."""
+        with self._entered():
+            if self._has_slot(layer, expert, None):
+                self._ensure(layer, expert, urgent=False)
 
     def lend(self, layer: int, expert: int) -> tuple[np.ndarray, int]:
         """An expert's bytes, and the slot to `give_back` when nobody reads them any more."""
@@ -160,20 +173,26 @@ class DiskTier:
             "direct": self.backing.is_direct,
         }
 
+    def spans(self) -> list[Span]:
+        """Every read since the last reset; ConfigError without `trace=True`."""
+        if self.timeline.spans is None:
+            raise ConfigError("spans are kept with hybrimoe.wrap(model, trace=True) only")
+        return self.timeline.spans
+
     def close(self) -> None:
         """End the reads and close the files; a temporary one is gone with it."""
         self.reader.close()
         self.backing.close()
 
-    def _run(self, job: Job, load: Load, held: set[int]) -> None:
-        index, waiting = job.index, deque(np.sort(load.experts).tolist())
+    def _run(self, job: Job, load: Load, held: set[int], forecasts: Sequence[Forecast]) -> None:
+        index, waiting = job.number, deque(np.sort(load.experts).tolist())
         free = self.cache.slots - int(np.count_nonzero(self.cache.references))
         # While one half of the slots computes, the other one is filled.
         half = max(free // 2, 1)
         part = self._claim(index, waiting, len(waiting) if len(waiting) <= free else half, held)
         if not waiting:
             self._await(index, part)
-            self._look_ahead(load)
+            self._look_ahead(load, forecasts)
             self._compute(job, job.shards)
             return
         wide, is_first = in_float32(job), True
@@ -188,7 +207,7 @@ class DiskTier:
     def _compute(self, job: Job, shards: np.ndarray | None, add: bool = False) -> None:
         layer = job.layer
         layout = layer.layout._replace(expert_bytes=self.sizes.slot_bytes)
-        place = np.maximum(self.cache.slot[job.index, : layer.experts], 0)
+        place = np.maximum(self.cache.slot[job.number, : layer.experts], 0)
         run_layer(
             layer._replace(layout=layout, blobs=self.slab, place=place),
             *(job.x, job.ids, job.weights, job.out, job.workspace, job.dtype, job.threads, shards),
@@ -248,7 +267,7 @@ class DiskTier:
         """Order the read of an expert that has a slot; says whether it was there, late or missing."""
         cache = self.cache
         slot = cache.slot.item(layer, expert)
-        content = (layer, expert, cache.generation.item(slot))
+        content = self._owner(slot)
         if self._content[slot] == content:
             return "here"
         read = self._reads.get(slot)
@@ -261,6 +280,11 @@ class DiskTier:
             found = "late"
         self.reader.submit(read, urgent)
         return found
+
+    def _owner(self, slot: int) -> tuple[int, int, int]:
+        """What a slot should hold."""
+        owner = self.cache.owner
+        return owner.item(slot, 0), owner.item(slot, 1), self.cache.generation.item(slot)
 
     def _fill(self, slot: int, content: tuple[int, int, int]) -> None:
         """Runs in the reader's thread."""
@@ -307,11 +331,11 @@ class DiskTier:
         self.cache.arrival[slot] = 0.0
         del self._reads[slot]
 
-    def _look_ahead(self, load: Load) -> None:
+    def _look_ahead(self, load: Load, forecasts: Sequence[Forecast]) -> None:
         """Read what the next layer will probably use, while this one computes."""
         if self.cache.crowded:
             return  # ids of single tokens say little of a prompt
-        forecasts = self.forecaster.forecast(load.layer)
+        forecasts = forecasts or self.forecaster.forecast(load.layer)
         self.trust.expect(load.layer, forecasts)
         factor, cache = min(self.trust.factor(0), 1.0), self.cache
         for forecast in forecasts:
@@ -370,7 +394,7 @@ def load_of(job: Job) -> Load:
         tokens[job.shards[:, 0] >= job.shards[:, 1]] = 0
     experts = np.flatnonzero(tokens)
     return Load(
-        job.index,
+        job.number,
         experts.astype(np.int32),
         tokens[experts].astype(np.int32),
         scores.astype(np.float32),

@@ -7,6 +7,7 @@ cost table. Events keep the real order right however long things really take.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ from hybrimoe.kernels.moe import run_layer
 from hybrimoe.policy.cache import Cache, Move
 from hybrimoe.policy.cost import CostModel
 from hybrimoe.policy.drawing import label
-from hybrimoe.policy.routing import Load
+from hybrimoe.policy.routing import Forecast, Load
 from hybrimoe.policy.scheduler import Plan
 from hybrimoe.policy.simulator import SimExecutor
 from hybrimoe.policy.timeline import Lane, Span, Timeline
@@ -78,7 +79,9 @@ class TorchExecutor:
         self.launched: Any = None  # the event after the latest step's last launch
         self.spent_s = 0.0  # in this class, in the latest step
         self._running: Running | None = None
+        self.forecasts: Sequence[Forecast] = ()  # of the layers after the one that runs
         self._lent: deque[tuple[Any, int]] = deque()  # copies from the tier, and its slots
+        self._late: list[Move] = []  # background copies whose experts are still on disk
         if pool.tier is not None:
             pool.tier.make_room = self._give_back_oldest
 
@@ -90,6 +93,7 @@ class TorchExecutor:
         self.books.run(load, plan, ready, moves, timeline)
         if self.pool.tier is not None:
             self._give_back()
+            self._order_late(())
             moved = [move.expert for move in moves]
             self.pool.tier.want(load.layer, dict.fromkeys(moved + plan.cpu.tolist()))
         on_gpu = np.zeros(len(self.pool.layer(load.layer).blobs), np.int32)
@@ -131,7 +135,12 @@ class TorchExecutor:
         """Order one background copy; its predicted arrival is what the policies see."""
         started = self.meter.now()
         arrival = self.books.copy(move, timeline)
-        self._order(move)
+        tier = self.pool.tier
+        if tier is None or tier.is_here(move.layer, move.expert):
+            self._order(move)
+        else:  # the host must not wait for the disk now: the copy follows the read
+            tier.expect(move.layer, move.expert)
+            self._late.append(move)
         self.spent_s += self.meter.now() - started
         return arrival
 
@@ -179,6 +188,7 @@ class TorchExecutor:
         self._running = None
         while self._lent:
             self._give_back_oldest(wait=False)  # who calls has waited for all copies
+        self._late.clear()
         self.fill(moves)
 
     def fill(self, moves: list[Move]) -> None:
@@ -201,7 +211,7 @@ class TorchExecutor:
             run_layer(layer, *arrays, threads=self.threads, shards=shards)
         else:
             job = Job(index, layer, *arrays, threads=self.threads, shards=shards)
-            self.pool.tier.run(job)
+            self.pool.tier.run(job, self._absent(self.forecasts[:1]))
         return self.accelerator.upload(out)
 
     def _order(self, move: Move) -> None:
@@ -229,6 +239,25 @@ class TorchExecutor:
         span = Span(Lane.LINK, 0.0, 0.0, what, move.layer, bytes=source.size)
         self.meter.ordered(arrival, span)
 
+    def _absent(self, forecasts: Sequence[Forecast]) -> list[Forecast]:
+        """Forecasts without the experts that the accelerator has."""
+        found = []
+        for forecast in forecasts:
+            absent = self.cache.slot[forecast.layer, forecast.experts] < 0
+            experts, tokens, chances = (array[absent] for array in forecast[1:4])
+            found.append(Forecast(forecast.layer, experts, tokens, chances, forecast.start))
+        return found
+
+    def _order_late(self, slots: Collection[int]) -> None:
+        """Order late copies whose experts have come; those into `slots` wait for theirs."""
+        tier, late = self.pool.tier, self._late
+        for move in late[:]:
+            if self.cache.generation[move.slot] != move.generation:
+                late.remove(move)  # the slot was given up meanwhile
+            elif move.slot in slots or (tier and tier.is_here(move.layer, move.expert)):
+                late.remove(move)
+                self._order(move)
+
     def _give_back(self) -> None:
         """Let the tier have the slots again whose copies have happened."""
         while self._lent and self.accelerator.happened(self._lent[0][0]):
@@ -249,6 +278,8 @@ class TorchExecutor:
         table = np.full(on_gpu.size, nowhere, np.int64)
         shards = np.zeros((nowhere + 1, 2), np.int32)
         after, happened = [], self.accelerator.happened
+        if self._late:
+            self._order_late(wave.values())
         for expert, slot in wave.items():
             held = self.content[slot]
             if held.expert != expert or held.layer != index:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ SLACK = 1.8
 of their own, and malloc keeps holes. Measured 1.65 on 4096 tokens, 2 on 2048 of a smaller model."""
 BOOKS_BYTES = 2 << 10
 """What Python keeps of one stored tensor while it loads: names, places, shapes."""
+NO_PASS = ForwardMemory(0, 0, True, 0)
 
 
 @dataclass(frozen=True)
@@ -129,18 +130,22 @@ def footprint_of(
     skeleton: the same model on the meta device, which the forward pass is traced on and which is of
     no use afterwards; None takes `model`. kept: names of parameters that stay in another dtype.
     """
+    counted = footprint_to_load(model, kept)
+    skeleton = model if skeleton is None else skeleton
+    forward = forward_memory(skeleton, find_experts(skeleton), context)
+    return replace(counted, context=context, forward=forward)
+
+
+def footprint_to_load(model: Any, kept: dict[str, Any] | None = None) -> Footprint:
+    """The weights alone, for no tokens: what a load can be judged by, and counted in no time."""
     found = find_experts(model)
     layers = tuple(_shape(experts) for experts in found)
     inside = {id(p) for experts in found for p in _weights(experts)}
     dense = [(n, t) for n, t in _tensors(model) if id(t) not in inside]
     sizes = {id(t): _bytes(name, t, kept or {}) for name, t in dense}
     everything = sum(sizes.values())
-    rows = _looked_up(model)
-    skeleton = model if skeleton is None else skeleton
-    top_k = top_k_of(model)
-    forward = forward_memory(skeleton, find_experts(skeleton), context)
-    read = everything - sum(sizes.get(id(t), 0) for t in rows)
-    return Footprint(layers, top_k, everything, read, context, forward)
+    read = everything - sum(sizes.get(id(t), 0) for t in _looked_up(model))
+    return Footprint(layers, top_k_of(model), everything, read, 0, NO_PASS)
 
 
 def _shape(experts: FoundExperts) -> ExpertShape:

@@ -117,6 +117,7 @@ class Hybrid:
                 )
             )
             executor.call, load, forecasts = taken
+            executor.forecasts = forecasts
             try:
                 before = self.engine.timeline.now
                 self._step(load, forecasts, tokens=len(inputs[1]))

@@ -2,66 +2,69 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import nn
 
-from hybrimoe.kernels.layout import expert_layout
-from hybrimoe.runtime import formats
+from hybrimoe.config import WEIGHTS
 from hybrimoe.runtime.adapters import FoundExperts, top_k_of
+from hybrimoe.runtime.footprint import Footprint, footprint_to_load
 from hybrimoe.runtime.host import MARGIN, ensure_host_fits, host_memory
-from hybrimoe.runtime.tier_sizes import tier_sizes
+from hybrimoe.runtime.skeleton import kept_dtypes, packs_on_arrival
+from hybrimoe.runtime.tier_sizes import TierSizes, tier_sizes
 from hybrimoe.runtime.tiers import shape_of
+
+Size = int | float | str | None
+MIB = 1 << 20
 
 
 def ensure_fits(
-    model: nn.Module,
-    found: list[FoundExperts],
-    weights: str,
-    ram: int | float | str | None = None,
+    model: Any, weights: str, ram: Size = None, stored: int = 0, is_packed: bool = False
 ) -> None:
     """Raise InsufficientMemoryError, before any is taken, if the load cannot fit into host memory.
 
-    The peak is all packed experts, the dense weights, and what is read of one layer. Of experts with
-    a budget `ram`, the peak is what that holds and one packed layer.
+    model: on the meta device. The peak is all packed experts (of experts with a budget `ram`, what
+    that holds and one packed layer), the dense weights, and what the loader needs besides.
+    stored: tensors of the checkpoint. is_packed: the files hold packed experts, in that format.
     """
-    need, native = {"native": 0, "int8": 0, "int4": 0}, 0
-    experts: set[int] = set()
-    if ram is not None:
-        need = {choice: _within(ram, model, found, choice) for choice in need}
-    for item in found:
-        described = item.describe(item.module)
-        tensors = [getattr(item.module, name) for name in described.parameters]
-        experts.update(map(id, tensors))
-        native = max(native, sum(tensor.nbytes for tensor in tensors))
-        count, matrices, inner, hidden = described.up.shape
-        for choice in need:
-            fmt = formats.format_of(choice, described.up.dtype)
-            biased = described.up_bias is not None
-            layout = expert_layout(fmt, hidden, inner, matrices == 2, biased)
-            need[choice] += count * layout.expert_bytes if ram is None else 0
-    dense = sum(
-        parameter.nbytes for parameter in model.parameters() if id(parameter) not in experts
-    )
-    have, rest = host_memory(), dense + native
-    fitting = [choice for choice in need if need[choice] + rest <= have.free - MARGIN]
-    ensure_host_fits(
-        need[weights] + rest,
-        f"loading {type(model).__name__} with weights={weights!r}",
-        f"weights={fitting[0]!r} fits" if fitting else "no format of the experts fits; `ram` keeps a "
-        "part of them on disk",
-        have,
-    )
+    footprint = footprint_to_load(model, kept_dtypes(model, model.dtype))
+    streams = is_packed or packs_on_arrival(model)
+    footprint = replace(footprint, stored=stored, streams=streams)
+    have = host_memory()
+    room = have.free - MARGIN
+    need, others = _peak(footprint, weights, ram), list(WEIGHTS)
+    if is_packed or ram is not None:
+        others = []
+    fits = [choice for choice in others if _peak(footprint, choice, None) <= room]
+    nearest = f"weights={fits[0]!r} fits" if fits else _on_disk(footprint, weights, room)
+    what = f"loading {type(model).__name__} with weights={weights!r}"
+    ensure_host_fits(need, what, nearest, have)
 
 
-def _within(
-    ram: int | float | str, model: nn.Module, found: list[FoundExperts], weights: str
-) -> int:
-    """Bytes of packed experts at the peak of a load that keeps no more than `ram` of them."""
+def ensure_wrap_fits(
+    model: nn.Module, found: list[FoundExperts], weights: str, ram: Size = None
+) -> None:
+    """Raise InsufficientMemoryError, before any is taken, if packing a loaded model cannot fit.
+
+    Each layer gives back its weights once they are packed, so the most is needed at the first one,
+    or at the last where the packed experts are the larger ones.
+    """
     layers = [shape_of(item, weights) for item in found]
-    sizes = tier_sizes(ram, layers, top_k_of(model))
-    if sizes is None:
-        return sum(count * size for count, size in layers)
-    return sizes.slots * sizes.slot_bytes + max(count * size for count, size in layers)
+    sizes = None if ram is None else tier_sizes(ram, layers, top_k_of(model))
+    most = packed = given = 0
+    for item, (count, size) in zip(found, layers):
+        kept = packed if sizes is None else min(packed, sizes.slots * sizes.slot_bytes)
+        most = max(most, kept + count * size - given)
+        packed += count * size
+        given += sum(tensor.nbytes for tensor in _parameters(item))
+    ensure_host_fits(
+        most,
+        f"wrapping {type(model).__name__} with weights={weights!r}",
+        "hybrimoe.from_pretrained packs experts while it loads, without the whole model in memory",
+        host_memory(),
+    )
 
 
 def own_memory(model: nn.Module) -> None:
@@ -73,3 +76,35 @@ def own_memory(model: nn.Module) -> None:
             if place not in moved:
                 moved[place] = tensor.data.clone()
             tensor.data = moved[place]
+
+
+def _peak(footprint: Footprint, weights: str, ram: Size) -> int:
+    """The most that a load takes with a budget of RAM for experts, or without one."""
+    sizes = None if ram is None else _sizes(footprint, weights, ram)
+    if sizes is None:
+        return footprint.streamed_bytes(weights)
+    return _besides(footprint, weights) + sizes.slots * sizes.slot_bytes
+
+
+def _besides(footprint: Footprint, weights: str) -> int:
+    """What a load with experts on disk takes besides the slots: a layer is packed in memory."""
+    layer = max(layer.packed_bytes(weights) for layer in footprint.layers)
+    return footprint.dense_bytes + footprint.loader_bytes() + layer
+
+
+def _on_disk(footprint: Footprint, weights: str, room: int) -> str:
+    """The largest budget of RAM that fits, as advice."""
+    left = (room - _besides(footprint, weights)) // MIB
+    least = footprint.top_k * footprint.expert_bytes(weights) // MIB + 1
+    if left <= least:
+        return "no format of the experts fits, not even with most of them on disk"
+    return f"ram='{left}MiB' fits, with the other experts on disk"
+
+
+def _sizes(footprint: Footprint, weights: str, ram: int | float | str) -> TierSizes | None:
+    layers = [(layer.experts, layer.layout(weights).expert_bytes) for layer in footprint.layers]
+    return tier_sizes(ram, layers, footprint.top_k)
+
+
+def _parameters(item: FoundExperts) -> list[torch.Tensor]:
+    return [getattr(item.module, name) for name in item.describe(item.module).parameters]

@@ -127,7 +127,9 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
         self.shapes = {name: p.shape for name, p in model.named_parameters()}
         with torch.device("cpu"):  # transformers builds models under the meta device
             found = find_experts(model)
-            ensure_fits(model, found, self.config.weights, self.config.ram)
+            stored = len(self.reader.catalogue) if self.reader is not None else 0
+            is_packed = self.packed is not None
+            ensure_fits(model, self.config.weights, self.config.ram, stored, is_packed)
             self.session = self.start(self.config, model)
             if self.packed is None:
                 self.session.make_room()

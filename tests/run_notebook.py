@@ -1,6 +1,6 @@
 """Run the notebook under examples/ in a kernel of its own.
 
-`python tests/notebook.py` runs it and stores what its cells show.
+`python tests/run_notebook.py` runs it and stores what its cells show.
 """
 
 from __future__ import annotations
