@@ -158,15 +158,6 @@ def test_a_plan_that_forgets_experts_is_refused_with_the_policys_name(model, inp
         outputs(model, inputs)
 
 
-def test_the_readmes_policy_runs_as_it_is_printed(model, inputs, expected):
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    code = re.search(r"<!-- policy -->\n```python\n(.*?)```", readme, re.DOTALL).group(1)
-    assert len([line for line in code.splitlines() if line.strip()]) <= 20
-    exec(compile(code, "README.md", "exec"), {"model": model, "__name__": "readme"})
-    torch.testing.assert_close(outputs(model, inputs)[0], expected[0], rtol=1e-4, atol=1e-4)
-    assert model.hybrimoe.stats()["hybrid"]["gpu_experts"] > 0
-
-
 def test_the_report_says_what_moved_and_reset_forgets_it(model, inputs):
     hybrimoe.wrap(model, device="emulated", vram=0.25)
     outputs(model, inputs)

@@ -7,8 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
+import hybrimoe
+from hybrimoe import model_commands
 from hybrimoe.cli import main
+from hybrimoe.kernels import experts
 from paths import TINY_MOE
 
 TINY = str(TINY_MOE)
@@ -112,6 +116,76 @@ def test_generate_takes_a_chat_template_and_stdin(capsys, chatty, monkeypatch):
     assert chat["weights"] == "int4"
 
 
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory) -> Path:
+    """The bundled model as `save_packed` writes it: without a tokenizer."""
+    folder = tmp_path_factory.mktemp("packed")
+    hybrimoe.save_packed(hybrimoe.from_pretrained(TINY_MOE, weights="int4"), folder)
+    return folder
+
+
+def test_packed_files_are_planned_and_generate_as_they_are(capsys, packed, tokenizer, tmp_path):
+    assert main(["plan", str(packed), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    folder = shutil.copytree(packed, tmp_path / "with tokenizer")
+    tokenizer.save_pretrained(folder)
+    assert main(["generate", str(folder), "--prompt", "def main(", *QUICK, "--json"]) == 0
+    written = json.loads(capsys.readouterr().out)
+    assert (
+        main(["generate", TINY, "--weights", "int4", "--prompt", "def main(", *QUICK, "--json"])
+        == 0
+    )
+
+    assert (found["weights"], found["fits"]) == ("int4", True)
+    assert written["text"] == json.loads(capsys.readouterr().out)["text"]
+    assert written["weights"] == "int4"
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["generate", "--prompt", "hi"], "NAME has no tokenizer: .*save_pretrained"),
+        (["bench"], "packed experts only; give it the original checkpoint"),
+        (["plan", "--weights", "int8"], "weights must be 'int4', which the experts .* packed as"),
+    ],
+)
+def test_what_packed_files_cannot_do_is_one_line(capsys, packed, command, message):
+    assert main([command[0], str(packed), *command[1:]]) == 1
+    out, err = capsys.readouterr()
+
+    assert out == ""
+    assert re.search(message, err)
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_statistics_start_after_everything_is_compiled(capsys, monkeypatch):
+    resets = []
+    reset = hybrimoe.Runtime.reset_stats
+    monkeypatch.setattr(
+        hybrimoe.Runtime, "reset_stats", lambda self: (resets.append(self.stats()), reset(self))
+    )
+    assert main(["generate", TINY, "--prompt", "def main(", *QUICK, "--json"]) == 0
+
+    (warm,) = resets
+    assert warm["prefill_tokens"] > 0
+    assert warm["decode_tokens"] == 1
+
+
+def test_the_first_run_says_that_it_compiles(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(experts.run_experts._cache, "_cache_path", str(tmp_path))
+    arguments = ["generate", TINY, "--prompt", "def main(", *QUICK]
+    assert main(arguments) == 0
+    first = capsys.readouterr().err
+    (tmp_path / "experts.run_experts.nbi").touch()
+    assert main(arguments) == 0
+
+    assert (
+        first
+        == "hybrimoe generate: compiling kernels for this machine, about half a minute, once\n"
+    )
+    assert capsys.readouterr().err == ""
+
+
 def test_generate_on_an_accelerator(capsys):
     arguments = ["--device", "emulated", "--vram", "0.5", "--json"]
     assert main(["generate", TINY, "--prompt", "def main(", *QUICK, *arguments]) == 0
@@ -120,7 +194,6 @@ def test_generate_on_an_accelerator(capsys):
 
 
 def test_generate_refuses_what_does_not_fit_before_it_loads(capsys, monkeypatch):
-    import hybrimoe
     import hybrimoe.memory_plan
     from hybrimoe.runtime.host import HostMemory
 
@@ -137,6 +210,30 @@ def test_generate_refuses_what_does_not_fit_before_it_loads(capsys, monkeypatch)
 
     assert out == ""
     assert re.search(r"needs .* of host memory \(a test\), 44.0 MiB can be had; no format", err)
+
+
+class Slow:
+    """Takes 3 s for the prompt and 0.5 s for each token after the first, by a clock of its own."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def generate(self, prompt, streamer, max_new_tokens, **_):
+        streamer.put(prompt)
+        self.now += 3
+        for _ in range(max_new_tokens):
+            streamer.put(None)
+            self.now += 0.5
+        streamer.end()
+        return torch.cat((prompt, torch.arange(max_new_tokens)[None]), 1)
+
+
+def test_bench_times_the_prompt_and_the_tokens_after_it_in_one_run(monkeypatch):
+    slow = Slow()
+    monkeypatch.setattr(model_commands.time, "perf_counter", lambda: slow.now)
+    prefill, decode, tokens = model_commands._timed(slow, torch.zeros(1, 7), 4)
+
+    assert (prefill, decode, len(tokens)) == (3.0, 2.0, 5)
 
 
 def test_bench_compares_both_in_one_table(capsys):

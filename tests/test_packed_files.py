@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 import hybrimoe
 from hybrimoe import CheckpointError, Config, ConfigError, StorageError, WrappedModelError
@@ -70,6 +71,19 @@ def test_a_saved_model_loads_with_the_same_blobs_and_tokens(weights, tmp_path, t
     for name, parameter in second.named_parameters():
         assert torch.equal(parameter, wanted[name])
     assert second.lm_head.weight is second.model.embed_tokens.weight
+
+
+def test_saving_and_reading_show_how_far_they_are(loaded, tmp_path, capsys):
+    logging.enable_progress_bar()
+    try:
+        hybrimoe.save_packed(loaded, tmp_path)
+        hybrimoe.from_pretrained(tmp_path)
+    finally:
+        logging.disable_progress_bar()
+    err = capsys.readouterr().err
+
+    assert "Writing experts: 100%" in err
+    assert "Reading experts: 100%" in err
 
 
 def test_the_second_load_packs_nothing(saved, monkeypatch):

@@ -15,7 +15,12 @@ import generated
 import hybrimoe
 import hybrimoe.memory_plan
 from hybrimoe.config import WEIGHTS
-from hybrimoe.errors import CheckpointNotFoundError, InsufficientMemoryError
+from hybrimoe.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    ConfigError,
+    InsufficientMemoryError,
+)
 from hybrimoe.policy.cost import CostModel
 from hybrimoe.runtime.adapters import find_experts
 from hybrimoe.runtime.host import host_memory
@@ -58,6 +63,33 @@ def test_a_loaded_model_is_planned_for_wrap(model):
     hybrimoe.wrap(model)
     with pytest.raises(hybrimoe.WrappedModelError, match="before it is wrapped"):
         hybrimoe.plan(model)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_packed_files_are_planned_as_what_they_load_to(tmp_path, weights):
+    loaded = hybrimoe.from_pretrained(TINY_MOE, weights=weights)
+    hybrimoe.save_packed(loaded, tmp_path)
+    found = hybrimoe.plan(tmp_path)
+    wanted = hybrimoe.plan(TINY_MOE, weights=weights)
+
+    assert found.parts["experts"] == loaded.hybrimoe.pool.nbytes
+    assert (found.parts["dense"], found.layers) == (wanted.parts["dense"], wanted.layers)
+    assert [row.weights for row in found.formats] == [weights]
+    assert (found.checkpoint.packed, found.checkpoint.files, found.notes) == (weights, 13, ())
+    assert eval(found.call, {"hybrimoe": hybrimoe}).hybrimoe.config.weights == weights
+    assert "files of" in str(found)
+
+
+def test_packed_files_have_one_format_and_must_be_whole(tmp_path):
+    hybrimoe.save_packed(hybrimoe.from_pretrained(TINY_MOE, weights="int8"), tmp_path)
+
+    with pytest.raises(ConfigError, match="must be 'int8', which the experts"):
+        hybrimoe.plan(tmp_path, weights="int4")
+    assert "no format fits" in hybrimoe.plan(tmp_path, ram="1MiB").nearest
+    (last,) = tmp_path.glob("packed-*/experts-00011.safetensors")
+    last.unlink()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        hybrimoe.plan(tmp_path)
 
 
 FAMILIES = (

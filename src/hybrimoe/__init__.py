@@ -6,30 +6,34 @@ model.generate(...)
 print(model.hybrimoe.report())
 """
 
-from hybrimoe.api import Runtime, unwrap, verify, wrap
-from hybrimoe.config import Config
-from hybrimoe.errors import (
-    CheckpointError,
-    CheckpointNotFoundError,
-    ConfigError,
-    FormatError,
-    HybriMoEError,
-    InsufficientMemoryError,
-    RoutingError,
-    StorageError,
-    UnsupportedModelError,
-    WrappedModelError,
-)
-from hybrimoe.kernels.activations import Gate
-from hybrimoe.memory_plan import MemoryPlan, plan
-from hybrimoe.policy.routing import RoutingTrace
-from hybrimoe.policy.simulator import Result, simulate
-from hybrimoe.pretrained import from_pretrained, save_packed
-from hybrimoe.report import Report
-from hybrimoe.runtime.adapters import ExpertWeights, register_adapter
-from hybrimoe.runtime.calibration import calibrate
-from hybrimoe.runtime.recording import record
-from hybrimoe.verification import Verification
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hybrimoe.api import Runtime, unwrap, verify, wrap
+    from hybrimoe.config import Config
+    from hybrimoe.errors import (
+        CheckpointError,
+        CheckpointNotFoundError,
+        ConfigError,
+        FormatError,
+        HybriMoEError,
+        InsufficientMemoryError,
+        RoutingError,
+        StorageError,
+        UnsupportedModelError,
+        WrappedModelError,
+    )
+    from hybrimoe.kernels.activations import Gate
+    from hybrimoe.memory_plan import MemoryPlan, plan
+    from hybrimoe.policy.routing import RoutingTrace
+    from hybrimoe.policy.simulator import Result, simulate
+    from hybrimoe.pretrained import from_pretrained, save_packed
+    from hybrimoe.report import Report
+    from hybrimoe.runtime.adapters import ExpertWeights, register_adapter
+    from hybrimoe.runtime.calibration import calibrate
+    from hybrimoe.runtime.recording import record
+    from hybrimoe.verification import Verification
 
 __version__ = "0.1.0"
 
@@ -64,3 +68,44 @@ __all__ = [
     "verify",
     "wrap",
 ]
+
+_HOMES = {
+    "hybrimoe.api": ("Runtime", "unwrap", "verify", "wrap"),
+    "hybrimoe.config": ("Config",),
+    "hybrimoe.errors": (
+        "CheckpointError",
+        "CheckpointNotFoundError",
+        "ConfigError",
+        "FormatError",
+        "HybriMoEError",
+        "InsufficientMemoryError",
+        "RoutingError",
+        "StorageError",
+        "UnsupportedModelError",
+        "WrappedModelError",
+    ),
+    "hybrimoe.kernels.activations": ("Gate",),
+    "hybrimoe.memory_plan": ("MemoryPlan", "plan"),
+    "hybrimoe.policy.routing": ("RoutingTrace",),
+    "hybrimoe.policy.simulator": ("Result", "simulate"),
+    "hybrimoe.pretrained": ("from_pretrained", "save_packed"),
+    "hybrimoe.report": ("Report",),
+    "hybrimoe.runtime.adapters": ("ExpertWeights", "register_adapter"),
+    "hybrimoe.runtime.calibration": ("calibrate",),
+    "hybrimoe.runtime.recording": ("record",),
+    "hybrimoe.verification": ("Verification",),
+}
+"""Where the public names live. Each module is imported when a name of it is asked for: numba and half
+of this package would otherwise make every `import hybrimoe` half a second longer."""
+
+
+def __getattr__(name: str) -> Any:
+    home = next((module for module, names in _HOMES.items() if name in names), None)
+    if home is None:
+        raise AttributeError(f"module 'hybrimoe' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(home), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -105,14 +105,22 @@ class Runtime:
         if self.pool.tier is not None:
             self.pool.tier.backing.make_room(self.pool.tier.sizes.file_bytes)
 
-    def pack(self, experts: FoundExperts) -> PooledExperts:
-        """Add a layer to the pool; one on the meta device gets memory that is still to be filled."""
+    def pack(self, experts: FoundExperts, weights: str | None = None) -> PooledExperts:
+        """Add a layer to the pool; one on the meta device gets memory that is still to be filled.
+
+        weights: a format of its own, where it has one.
+        """
         # fmt: off
-        layer = PooledExperts(experts, self.config.weights, self.pool, self.threads,
+        layer = PooledExperts(experts, weights or self.config.weights, self.pool, self.threads,
                               self._counters)
         # fmt: on
         self.layers.append(layer)
         return layer
+
+    @property
+    def packed(self) -> list[PooledExperts | PackedLinear]:
+        """All modules that stand for the model's own."""
+        return [*self.layers, *self.linears]
 
     def pack_linears(self, model: nn.Module, weights: str) -> None:
         """Pack the dense layers too, each in its place."""
@@ -239,7 +247,7 @@ def unwrap(model: Model) -> Model:
     runtime.detach()
     if runtime.hybrid is not None:
         runtime.hybrid.close()
-    for layer in (*runtime.layers, *runtime.linears):
+    for layer in runtime.packed:
         layer.restore()
     runtime.close()
     del model.hybrimoe
@@ -353,7 +361,7 @@ def _roll_back(runtime: Runtime) -> None:
     runtime.detach()
     if runtime.hybrid is not None:
         runtime.hybrid.close()
-    for layer in (*runtime.layers, *runtime.linears):
+    for layer in runtime.packed:
         layer.restore()
     runtime.close()
     if runtime.layers and runtime.config.weights != "native":

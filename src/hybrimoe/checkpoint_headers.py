@@ -6,21 +6,34 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hybrimoe.errors import CheckpointError, CheckpointNotFoundError
-from hybrimoe.runtime.checkpoints import CONVERT, INDEX, WEIGHTS, examine_folder
+from hybrimoe.runtime.checkpoints import (
+    CONVERT,
+    INDEX,
+    WEIGHTS,
+    Catalogue,
+    examine_files,
+    examine_folder,
+)
+from hybrimoe.runtime.packed_files import DENSE, read_manifest
 from hybrimoe.runtime.skeleton import first_line
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """place: "folder", "cache" or "hub". stored: bytes by dtype, as safetensors names it."""
+    """place: "folder", "cache" or "hub". stored: bytes by dtype, as safetensors names it.
+
+    packed: the weight format of a folder that `save_packed` wrote; None for any other checkpoint.
+    """
 
     name: str
     place: str
     files: int
     tensors: int
     stored: dict[str, int]
+    packed: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -45,10 +58,23 @@ def read_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
 
 
 def _read_folder(name: str, folder: Path, place: str) -> Checkpoint:
-    found = examine_folder(folder)
+    manifest = read_manifest(folder)
+    if manifest is not None:
+        files = _packed_files(folder, manifest)
+        return _count(name, place, files, manifest["layers"][0]["weights"])
+    return _count(name, place, examine_folder(folder))
+
+
+def _packed_files(folder: Path, manifest: dict[str, Any]) -> Catalogue:
+    part = folder / manifest["folder"]
+    names = [DENSE, *(entry["file"] for entry in manifest["layers"])]
+    return examine_files([part / name for name in names], folder)
+
+
+def _count(name: str, place: str, found: Catalogue, packed: str | None = None) -> Checkpoint:
     stored = _by_dtype((tensor.dtype, tensor.nbytes) for tensor in found.values())
     files = {tensor.path for tensor in found.values()}
-    return Checkpoint(name, place, len(files), len(found), stored)
+    return Checkpoint(name, place, len(files), len(found), stored, packed)
 
 
 def _by_dtype(tensors: Iterable[tuple[str, int]]) -> dict[str, int]:

@@ -109,6 +109,9 @@ class MemoryPlan:
     def _repr_html_(self) -> str:
         return plan_text.as_html(self)
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(str(self))  # IPython's own would show every field
+
 
 def plan(
     model: str | Path | nn.Module,
@@ -120,7 +123,8 @@ def plan(
 ) -> MemoryPlan:
     """What a model takes on this machine, from config.json and safetensors headers only.
 
-    model: a folder or a name on the hub, planned for `from_pretrained`; or a loaded model, for `wrap`.
+    model: a folder (`save_packed` may have written it) or a name on the hub, planned for
+    `from_pretrained`; or a loaded model, planned for `wrap`.
     vram: for expert slots, as in `Config`; None takes what a GPU has left, if there is one.
     ram: host memory to plan with: bytes, "16GiB" or a fraction of what can be had; None is all.
     weights: "native", "int8" or "int4"; None takes the most precise one that fits.
@@ -163,6 +167,12 @@ def _of_name(
     name: str, budget: Budget, weights: str | None, context: int, revision: str | None
 ) -> MemoryPlan:
     checkpoint = read_checkpoint(name, revision)
+    formats = WEIGHTS if checkpoint.packed is None else (checkpoint.packed,)
+    if weights is not None and weights not in formats:
+        raise ConfigError(
+            f"weights must be {checkpoint.packed!r}, which the experts in {name} were packed as, got "
+            f"{weights!r}; plan the original checkpoint"
+        )
     config = read_config(name, revision)
     dtype = weight_dtype(config, checkpoint.stored)
     skeleton = build_skeleton(config, dtype)
@@ -174,7 +184,7 @@ def _of_name(
         call += f", revision={revision!r}"
     if getattr(config, "quantization_config", None):
         call, budget = "wrap(model", replace(budget, wraps=True)
-    plan = _assemble(name, skeleton, footprint, budget, weights, call)
+    plan = _assemble(name, skeleton, footprint, budget, weights, call, formats)
     notes = _notes(footprint, checkpoint, config)
     return replace(plan, checkpoint=checkpoint, notes=notes + plan.notes)
 
@@ -200,8 +210,9 @@ def _assemble(
     budget: Budget,
     weights: str | None,
     call: str,
+    formats: tuple[str, ...] = WEIGHTS,
 ) -> MemoryPlan:
-    placements = {fmt: place(footprint, fmt, budget) for fmt in WEIGHTS}
+    placements = {fmt: place(footprint, fmt, budget) for fmt in formats}
     chosen = choose(placements, weights)
     text, setting = nearest(footprint, placements, chosen, budget)
     keywords = "".join(f", {key}={value!r}" for key, value in (setting or {}).items())
@@ -249,7 +260,7 @@ def _notes(footprint: Footprint, checkpoint: Checkpoint, config: Any) -> tuple[s
             f"the files hold {size_text(stored)} {method or 'quantized'}: load them with transformers, "
             f"dequantized, which takes {size_text(built)}, and wrap the model",
         )
-    if abs(stored - built) > 0.05 * built:
+    if checkpoint.packed is None and abs(stored - built) > 0.05 * built:
         return (
             f"the files hold {size_text(stored)}, the model that transformers builds "
             f"{size_text(built)}: other parts, another dtype, or missing weights",

@@ -6,6 +6,7 @@ import argparse
 import statistics
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from hybrimoe.config import DEVICES, WEIGHTS
@@ -95,6 +96,8 @@ def run_generate(options: argparse.Namespace) -> dict[str, Any]:
     inputs = _encode(tokenizer, prompt, options.chat)
     length = inputs["input_ids"].shape[1]
     model, weights = _load(options, context=length + options.max_new_tokens)
+    if options.stats or options.json:
+        _warm(model, inputs["input_ids"])
     streamer = None
     if not options.json:
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -135,34 +138,59 @@ def run_bench(options: argparse.Namespace) -> dict[str, Any]:
     prompt = torch.randint(plain.config.get_text_config().vocab_size, size, generator=generator)
     models = {"plain": plain, "wrapped": wrapped}
     for model in models.values():
-        _timed(model, prompt, 2)  # compiles, and touches every page once
+        _timed(model, prompt, 1)  # compiles, and touches every page once
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     answers = {}
     for turn in range(options.rounds):
         # Taking turns, each first as often as the other: what slows the machine slows both.
         for name in sorted(models, reverse=bool(turn % 2)):
-            prefill, _ = _timed(models[name], prompt, 1)
-            whole, answers[name] = _timed(models[name], prompt, options.tokens + 1)
-            times[name].append((prefill, whole - prefill))
+            prefill, decode, answers[name] = _timed(models[name], prompt, options.tokens)
+            times[name].append((prefill, decode))
     result = _compare(options, times, answers) | {"weights": weights}
     if not options.json:
         print(_table(options, result))
     return result
 
 
-def _timed(model: Any, prompt: Any, tokens: int) -> tuple[float, Any]:
+class _Clock:
+    """A streamer that notes when the prompt and each token came."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Any) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is held back."""
+
+
+def _timed(model: Any, prompt: Any, tokens: int) -> tuple[float, float, list[int]]:
+    """Seconds until the first token, seconds of `tokens` more, and all of them."""
     import torch
 
-    start = time.perf_counter()
+    clock, start = _Clock(), time.perf_counter()
     with torch.no_grad():
         ids = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            min_new_tokens=tokens,
-            max_new_tokens=tokens,
+            min_new_tokens=tokens + 1,
+            max_new_tokens=tokens + 1,
             do_sample=False,
+            streamer=clock,
         )
-    return time.perf_counter() - start, ids[0, prompt.shape[1] :].tolist()
+    _, first, *_, last = clock.times
+    return first - start, last - first, ids[0, prompt.shape[1] :].tolist()
+
+
+def _warm(model: Any, ids: Any) -> None:
+    """Write two tokens, so that the statistics are of this machine's speed and not of its compiler."""
+    import torch
+
+    with torch.no_grad():
+        start = ids[:, :8]
+        model.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=2)
+    model.hybrimoe.reset_stats()
 
 
 def _compare(
@@ -175,7 +203,7 @@ def _compare(
         prefill, decode = (statistics.median(column) for column in zip(*pairs))
         speeds[name] = {
             "prefill_tokens_s": options.prompt_tokens / prefill,
-            "decode_tokens_s": options.tokens / max(decode, 1e-9),
+            "decode_tokens_s": options.tokens / decode,
         }
     equal = 0
     for ours, theirs in zip(answers["wrapped"], answers["plain"]):
@@ -211,6 +239,7 @@ def _load(options: argparse.Namespace, context: int) -> tuple[Any, str]:
     found = plan(options.name, vram, weights=options.weights, context=context).ensure_fits()
     if options.json or not sys.stderr.isatty():
         logging.disable_progress_bar()
+    _announce_compiling(options)
     settings: dict[str, Any] = {"weights": found.weights, "device": options.device}
     if options.vram is not None:
         settings["vram"] = options.vram
@@ -218,11 +247,28 @@ def _load(options: argparse.Namespace, context: int) -> tuple[Any, str]:
     return model.eval(), found.weights
 
 
+def _announce_compiling(options: argparse.Namespace) -> None:
+    """Say what takes so long on the first run: nothing is compiled yet."""
+    from hybrimoe.kernels.experts import run_experts
+
+    folder = getattr(run_experts._cache, "cache_path", None)  # none where nothing can be kept
+    if folder is None or not any(Path(folder).glob("*.nbi")):
+        text = "compiling kernels for this machine, about half a minute"
+        kept = "" if folder is None else ", once"
+        print(f"hybrimoe {options.command}: {text}{kept}", file=sys.stderr)
+
+
 def _check_room_for_both(options: argparse.Namespace, context: int) -> None:
     """Raise InsufficientMemoryError unless a plain and a wrapped copy fit together."""
     from hybrimoe.memory_plan import plan
     from hybrimoe.runtime.host import ensure_host_fits
+    from hybrimoe.runtime.packed_files import read_manifest
 
+    if read_manifest(Path(options.name)) is not None:
+        raise ConfigError(
+            f"bench compares with the plain model, but {options.name} holds packed experts only; "
+            "give it the original checkpoint"
+        )
     found = plan(options.name, weights=options.weights, context=context)
     native = next(row.peak_bytes for row in found.formats if row.weights == "native")
     advice = "bench keeps a plain and a wrapped copy; use a smaller model, or `generate --stats`"
@@ -233,11 +279,18 @@ def _tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name)
+        found = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         from hybrimoe.runtime.skeleton import first_line
 
         raise ConfigError(f"NAME has no tokenizer that can be read: {first_line(error)}") from error
+    # Where the files are missing, transformers makes up a tokenizer that knows no text.
+    if not found("a b", add_special_tokens=False)["input_ids"]:
+        raise ConfigError(
+            f"NAME has no tokenizer: {name!r} lacks its files; copy them there with "
+            f"AutoTokenizer.from_pretrained(ORIGINAL).save_pretrained({name!r})"
+        )
+    return found
 
 
 def _encode(tokenizer: Any, prompt: str, chat: bool) -> dict[str, Any]:

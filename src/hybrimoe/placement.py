@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from hybrimoe.config import WEIGHTS
 from hybrimoe.runtime import memory
 from hybrimoe.runtime.footprint import Footprint
 from hybrimoe.runtime.host import HostMemory, size_text
@@ -91,7 +90,7 @@ def choose(placements: dict[str, Placement], weights: str | None) -> Placement:
     if weights is not None:
         return placements[weights]
     fitting = [placement for placement in placements.values() if placement.fits]
-    return fitting[0] if fitting else placements[WEIGHTS[-1]]
+    return fitting[0] if fitting else [*placements.values()][-1]
 
 
 def nearest(

@@ -95,7 +95,8 @@ def _formats(plan: MemoryPlan) -> Iterable[tuple[str, str, str, str]]:
 def _speed(plan: MemoryPlan) -> str:
     assert plan.speed is not None
     rate = f"about {plan.speed.decode_tokens_s:.1f} tokens/s, bound by {plan.speed.bound}"
-    return f"{rate}; {plan.speed.source}"
+    advice = "" if plan.speed.measured else " (run `hybrimoe calibrate`)"
+    return f"{rate}; {plan.speed.source}{advice}"
 
 
 def _verdict(plan: MemoryPlan) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,18 @@ def save_packed(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         raise WrappedModelError(
             "save_packed needs a wrapped model; call hybrimoe.wrap(model) first"
         )
-    save(model, runtime.layers, Path(folder))
+    from hybrimoe.runtime.loading import bytes_bar
+
+    total = sum(layer.packed.blobs.nbytes for layer in runtime.layers)
+    with ExitStack() as shown:
+        bars: list[Any] = []
+
+        def progress(nbytes: int) -> None:
+            if not bars:  # later than the bar of the dense weights
+                bars.append(shown.enter_context(bytes_bar("Writing experts", total)))
+            bars[0].update(nbytes)
+
+        save(model, runtime.layers, Path(folder), progress)
 
 
 def make_known() -> None:

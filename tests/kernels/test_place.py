@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
+from kernel_cases import make_batch, make_layer, run
 
 from hybrimoe.errors import RoutingError
 from hybrimoe.kernels.moe import Workspace, run_layer
-from kernel_cases import make_batch, make_layer, run
 
 
 def shuffled(layer, rows=9, seed=0):

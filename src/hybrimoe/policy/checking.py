@@ -54,7 +54,11 @@ def checked_prefetcher(policy: Prefetcher) -> Prefetcher:
     if not isinstance(policy.depth, int):
         who = type(policy).__name__
         raise ConfigError(f"{who}.depth must be an integer, got {policy.depth!r}")
-    return CheckedPrefetcher(policy, depth=policy.depth)
+    if not isinstance(policy.timely, bool):
+        who = type(policy).__name__
+        raise ConfigError(f"{who}.timely must be a bool, got {policy.timely!r}")
+    settings = {item.name: getattr(policy, item.name) for item in fields(Prefetcher)}
+    return CheckedPrefetcher(policy, **settings)
 
 
 @dataclass(frozen=True)

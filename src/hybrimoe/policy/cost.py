@@ -55,7 +55,7 @@ class CostModel:
     expert_bytes: size of one expert; shards: the equal parts it may be divided into.
     cpu_expert_contended: `cpu_expert` while the link copies; link_bandwidth_contended: the reverse.
     dense_read, dense_token, dense_launch: all other work of a layer on the GPU, same law.
-    plan_s, forecast_s: host seconds per layer for planning, and for forecasting and prefetching.
+    plan_s, forecast_s: host seconds for planning a layer, and for each layer that it looks ahead.
     source: for people, where the numbers come from.
     Derived: load_s, one expert over the link; contention_s, what that adds to CPU work beside it.
     """

@@ -23,6 +23,7 @@ from hybrimoe.policy.timeline import Array, Lane, Timeline
 
 LINK = int(Lane.LINK)
 RECENT = 8  # layers whose absent experts are candidates for the link's idle time
+SPARE = 0.05  # weight of the newest layer in how much idle time a layer leaves the link
 
 
 class Executor(Protocol):
@@ -93,6 +94,7 @@ class Engine:
         self._pending: list[Move] = []  # slots claimed in the background, and what they still lack
         self._period = 0.0  # seconds from one layer's start to the next, as last seen
         self._started = 0.0
+        self._spare = 0.0  # seconds that the link is idle per layer, of late
         self._gap = 0.0  # seconds from the end of a layer's experts to the start of the next one's
         self._ended = 0.0
         self._half_piece_s = self.piece * shard_s / 2
@@ -234,21 +236,29 @@ class Engine:
 
     def _background(self, load: Load, plan: Plan, forecasts: Sequence[Forecast]) -> None:
         """Use the link for as long as nothing that a layer waits for does."""
-        seen = self._look_ahead(load, forecasts) if self.depth else ()
-        # Until the next layer's experts start nothing waits for the link; half a piece may run over.
-        slack = max(self._gap - self._half_piece_s, 0.0)
-        self._fill_link(load, plan, seen, self.timeline.now + plan.makespan + slack)
+        idle = self.timeline.now + plan.makespan
+        if self.policies.prefetcher.window == "gap":  # half a piece may run over
+            idle += max(self._gap - self._half_piece_s, 0.0)
+        left = self._left(idle)
+        self._spare += SPARE * (left - self._spare)
+        seen = self._look_ahead(load, forecasts, left > 0.0) if self.depth else ()
+        self._fill_link(load, plan, seen, idle)
+
+    def _left(self, idle: float) -> float:
+        """Seconds for which the link may still start copies; the last may run over a little."""
+        busy = max(self.timeline.free.item(LINK), self.timeline.now)
+        return idle + self._half_piece_s - busy if busy < idle else 0.0
 
     def _fill_link(self, load: Load, plan: Plan, seen: Sequence[Forecast], idle: float) -> None:
-        """What waits for its rest, then what missed, then what will probably be asked for."""
+        """What waits for its rest, then what will probably be asked for, then what missed."""
         free = self.timeline.free
         try:
             if self._pending:
                 self._send(idle)
-            if self.cache.ranking.backfill and free.item(LINK) < idle:
-                self._backfill(load, plan, idle)
             if seen and free.item(LINK) < idle:
                 self._prefetch(seen, idle)
+            if self.cache.ranking.backfill and free.item(LINK) < idle:
+                self._backfill(load, plan, idle)
         except PolicyError as error:
             self._replace(error)
             self._fill_link(load, plan, seen[: self.depth], idle)
@@ -279,10 +289,11 @@ class Engine:
     def _backfill(self, load: Load, plan: Plan, idle: float) -> None:
         """Copy absent experts that are worth more than residents, the best swap first.
 
-        A prompt is not followed by its like: of its experts those are copied that missed.
+        A prompt is not followed by its like: of its experts those are copied that missed. Half a
+        copy would hold up the prefetches of the next layer.
         """
         cache, timeline = self.cache, self.timeline
-        while timeline.free.item(LINK) < idle:
+        while self._left(idle) >= self.cost.load_s:
             if cache.crowded:
                 moves = cache.admit_each(load.layer, plan.cpu, load.experts, timeline.now, 1)
                 move = moves[0] if moves else None
@@ -294,10 +305,16 @@ class Engine:
 
     def _prefetch(self, seen: Sequence[Forecast], idle: float) -> None:
         timeline, cache, policies = self.timeline, self.cache, self.policies
+        prefetcher, first = policies.prefetcher, seen[0].layer
+        needed = self.cost.load_s if prefetcher.timely else 0.0
+        if self._left(idle) + (seen[-1].layer - first) * self._spare < needed:
+            return
         seen, ahead = self._trusted(seen, idle), timeline.fork()
         ahead.now = seen[0].start
-        wanted = policies.prefetcher.wanted(seen, cache, policies.scheduler, ahead, self.cost)
+        wanted = prefetcher.wanted(seen, cache, policies.scheduler, ahead, self.cost)
         for layer, expert in wanted:
+            if self._left(idle) + (layer - first) * self._spare < needed:
+                continue
             keep = next(f.experts for f in seen if f.layer == layer)
             move = cache.admit(layer, expert, keep, timeline.now, force=True)
             if move is not None:
@@ -307,13 +324,15 @@ class Engine:
             if timeline.free.item(LINK) >= idle:
                 return
 
-    def _look_ahead(self, load: Load, given: Sequence[Forecast]) -> Sequence[Forecast]:
-        """What later layers will ask for, and the books of how far that comes true."""
+    def _look_ahead(
+        self, load: Load, given: Sequence[Forecast], asked: bool
+    ) -> Sequence[Forecast]:
+        """What later layers will ask for, if it is asked; the books of how far that comes true."""
         trust, forecaster = self.trust, self.forecaster
         trust.settle(load)
         if forecaster is not None:
             forecaster.observe(load)
-            if not (given or self.cache.crowded):  # ids of single tokens say little of a prompt
+            if asked and not (given or self.cache.crowded):  # ids of single tokens say little of a prompt
                 given = forecaster.forecast(load.layer)
         seen = given[: self.depth]
         trust.expect(load.layer, seen)

@@ -16,6 +16,7 @@ from hybrimoe.policy.scheduler import Scheduler
 from hybrimoe.policy.timeline import Array, Lane, Timeline
 
 LINK = int(Lane.LINK)
+WINDOWS = ("layer", "gap")
 NO_SCORES = np.zeros(0, np.float32)
 FIRST = itemgetter(0)
 
@@ -25,13 +26,20 @@ class Prefetcher(ABC):
     """Says which experts of later layers are worth a copy in the link's idle time.
 
     depth: layers to look ahead; forecasts beyond it are not asked for.
+    window: what counts as the link's idle time, for backfill too. "layer": while this layer's
+        experts run, as in the paper. "gap": until the next layer's start, beside attention too.
+    timely: copy only what is expected to arrive before its layer starts; half a copy is no use.
     """
 
     depth: int = 1
+    window: str = "gap"
+    timely: bool = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.depth <= 4:
             raise ConfigError(f"depth must lie in [0, 4], got {self.depth}")
+        if self.window not in WINDOWS:
+            raise ConfigError(f"window must be one of {WINDOWS}, got {self.window!r}")
 
     @abstractmethod
     def wanted(

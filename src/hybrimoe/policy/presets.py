@@ -8,13 +8,13 @@ from hybrimoe.policy.scheduler import CpuOnly, Fiddler, Hybrid, LayerWise, OnDem
 from hybrimoe.policy.scheduler import Static as Resident
 
 PRESETS: dict[str, Policies] = {
-    "hybrimoe": Policies(
-        Split(), NextToken(scope="model", admission=True, backfill=True), Impact()
+    "hybrimoe": Policies(Split(), NextToken(admission=True, backfill=True), Impact(depth=2)),
+    "hybrimoe-paper": Policies(
+        Hybrid(), MRS(alpha=0.5), Impact(depth=3, gated=False, window="layer", timely=False)
     ),
-    "hybrimoe-paper": Policies(Hybrid(), MRS(alpha=0.5), Impact(depth=3, gated=False)),
     "ktransformers": Policies(Resident(), Static(), Never()),
     "llamacpp": Policies(LayerWise(), Static(by="layer"), Never()),
-    "adapmoe": Policies(OnDemand(), LRU(shares="frequency"), NextLayer()),
+    "adapmoe": Policies(OnDemand(), LRU(shares="frequency"), NextLayer(timely=False)),
     "fiddler": Policies(Fiddler(), Static(scope="model"), Never()),
     "powerinfer": Policies(Resident(), Static(scope="model"), Never()),
     "ondemand": Policies(OnDemand(), LRU(), Never()),

@@ -74,6 +74,13 @@ class RoutingTrace:
             object.__setattr__(self, "counted", np.full(self.prefill.size, -1, np.int32))
         _check(self)
 
+    def __repr__(self) -> str:
+        of = f" of {self.model}" if self.model else ""
+        return (
+            f"<RoutingTrace{of}: {self.steps} steps, {self.layers} layers, "
+            f"top-{self.top_k} of {self.experts} experts>"
+        )
+
     @property
     def layers(self) -> int:
         return int(self.ids.shape[1])

@@ -144,7 +144,7 @@ def simulate(
     scheduler: Scheduler | None = None,
     cache: Ranking | None = None,
     prefetcher: Prefetcher | None = None,
-    shape: Shape | None = None,
+    shape: str | Shape | None = None,
     prior: Array | None = None,
     look_ahead: bool = True,
     spans: bool = False,
@@ -153,7 +153,7 @@ def simulate(
 
     profile: a shipped machine's name, a profile, or a measured cost model.
     vram: for experts; bytes, a string such as "6GiB", or a fraction of all experts.
-    shape: of the experts, where neither the trace nor its model's name tells it.
+    shape: of the experts, or a model's name, where neither the trace nor its model's name tells it.
     prior: [L, E] how often experts were used before; decides who is resident at the start. By
         default the trace's own frequencies, which favours presets that never change residents.
     look_ahead: use the forecasts recorded in the trace where it has some, else a Markov table.
@@ -199,7 +199,7 @@ def _replay(
             executor.dense(load.layer, tokens, timeline)
             executor.policy(cost.plan_s, True, timeline)
             if engine.depth:
-                executor.policy(cost.forecast_s, False, timeline)
+                executor.policy(cost.forecast_s * engine.depth, False, timeline)
             engine.step(load, trace.forecasts(step, load.layer) if recorded else ())
         if trace.prefill[step]:
             prefill += timeline.now - start
@@ -261,11 +261,12 @@ def _policies(
 
 
 def _cost(
-    profile: str | Profile | CostModel, trace: RoutingTrace, shape: Shape | None
+    profile: str | Profile | CostModel, trace: RoutingTrace, shape: str | Shape | None
 ) -> CostModel:
     if isinstance(profile, CostModel):
         return profile
     machine = profile_by_name(profile) if isinstance(profile, str) else profile
+    shape = shape_by_model(shape) if isinstance(shape, str) else shape
     if shape is None and trace.shape:
         shape = Shape(*trace.shape)
     if shape is None and not trace.model:

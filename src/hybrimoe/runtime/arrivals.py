@@ -93,6 +93,11 @@ class Arrivals:
             self._pack(layer, role, views, first, count)
         self._arrive(full_name)
 
+    def accept_packed(self, layer: PooledExperts) -> None:
+        """Book a whole layer whose blobs were filled by others."""
+        for name in layer.shapes:
+            self._arrive(f"{layer.name}.{name}")
+
     def can_stream(self, full_name: str) -> bool:
         """Whether this parameter can be packed a few experts at a time."""
         target = self.targets.get(full_name)

@@ -370,8 +370,10 @@ class DiskTier:
             if not self._is_sound:
                 self.cache.references[:] = 0
                 np.add.at(self.cache.references, self._lent, 1)
+                under_way = np.isin(np.arange(self.cache.slots), list(self._reads))
+                self.cache.arrival[~under_way] = 0.0
             for slot, read in list(self._reads.items()):
-                if read.done:
+                if read.done and not (read.error and read.urgent):  # else it will be raised
                     self._settle(slot, read)
             self._is_sound = False
             yield

@@ -23,13 +23,14 @@ class HostMemory(NamedTuple):
     limit: str
 
 
-def host_memory(root: Path = Path("/")) -> HostMemory:
+def host_memory(root: Path = Path("/"), mapped: int = 0) -> HostMemory:
     """The tightest of what the machine, the control groups and the process limits leave.
 
-    root: where /proc and /sys are read.
+    root: where /proc and /sys are read. mapped: bytes of files that will be mapped meanwhile: no
+    memory to the machine, but limits of the process count them.
     """
     machine = HostMemory(int(psutil.virtual_memory().available), "memory of the machine")
-    found = [machine, *_cgroups(root), *_process_limits(root)]
+    found = [machine, *_cgroups(root), *_process_limits(root, mapped)]
     return min(found, key=lambda memory: memory.free)
 
 
@@ -110,7 +111,7 @@ def _left(folder: Path, limit: int | None, usage: str, files: tuple[str, ...]) -
     return HostMemory(max(limit - max(used - cached, 0), 0), name)
 
 
-def _process_limits(root: Path) -> Iterator[HostMemory]:
+def _process_limits(root: Path, mapped: int) -> Iterator[HostMemory]:
     try:
         import resource  # Windows has none
     except ImportError:
@@ -124,7 +125,9 @@ def _process_limits(root: Path) -> Iterator[HostMemory]:
         if soft == resource.RLIM_INFINITY or soft >= UNLIMITED or field not in status:
             continue
         used = int(status[field].split()[0]) * 1024
-        yield HostMemory(max(soft - used, 0), f"{limit} of {size_text(soft)}")
+        files = f", which counts {size_text(mapped)} of mapped files" if mapped else ""
+        name = f"{limit} of {size_text(soft)}{files}"
+        yield HostMemory(max(soft - used - mapped, 0), name)
 
 
 def _number(path: Path) -> int | None:

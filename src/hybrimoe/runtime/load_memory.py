@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -21,18 +23,25 @@ MIB = 1 << 20
 
 
 def ensure_fits(
-    model: Any, weights: str, ram: Size = None, stored: int = 0, is_packed: bool = False
+    model: Any,
+    weights: str,
+    ram: Size = None,
+    files: Iterable[str] = (),
+    stored: int = 0,
+    is_packed: bool = False,
 ) -> None:
     """Raise InsufficientMemoryError, before any is taken, if the load cannot fit into host memory.
 
     model: on the meta device. The peak is all packed experts (of experts with a budget `ram`, what
     that holds and one packed layer), the dense weights, and what the loader needs besides.
-    stored: tensors of the checkpoint. is_packed: the files hold packed experts, in that format.
+    files: those that transformers maps. stored: tensors of the checkpoint. is_packed: the experts
+    lie packed in other files, in that format.
     """
     footprint = footprint_to_load(model, kept_dtypes(model, model.dtype))
     streams = is_packed or packs_on_arrival(model)
-    footprint = replace(footprint, stored=stored, streams=streams)
-    have = host_memory()
+    dense = footprint.dense_bytes - _tied_later(model)
+    footprint = replace(footprint, dense_bytes=dense, stored=stored, streams=streams)
+    have = host_memory(mapped=sum(os.path.getsize(file) for file in files))
     room = have.free - MARGIN
     need, others = _peak(footprint, weights, ram), list(WEIGHTS)
     if is_packed or ram is not None:
@@ -76,6 +85,14 @@ def own_memory(model: nn.Module) -> None:
             if place not in moved:
                 moved[place] = tensor.data.clone()
             tensor.data = moved[place]
+
+
+def _tied_later(model: Any) -> int:
+    """Bytes of parameters that the loader will make one with others, but has not yet."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    pairs = [(parameters.get(name), parameters.get(source)) for name, source in tied.items()]
+    return sum(p.nbytes for p, q in pairs if p is not None and q is not None and p is not q)
 
 
 def _peak(footprint: Footprint, weights: str, ram: Size) -> int:

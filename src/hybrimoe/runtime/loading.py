@@ -46,8 +46,32 @@ class Session(Protocol):
     def make_room(self) -> None:
         """Reserve the disk space of experts that do not stay in RAM."""
 
-    def pack(self, experts: FoundExperts) -> PooledExperts:
-        """Add a layer to the pool; one on the meta device gets memory that is still to be filled."""
+    def pack(self, experts: FoundExperts, weights: str | None = None) -> PooledExperts:
+        """Add a layer to the pool; one on the meta device gets memory that is still to be filled.
+
+        weights: a format of its own, where it has one.
+        """
+
+
+class Source(Protocol):
+    """A `Config` for experts that do not come through the loader of transformers."""
+
+    @property
+    def config(self) -> Config:
+        """How the model is to be wrapped."""
+
+    @property
+    def keeps_files(self) -> bool:
+        """Whether the disk tier, or a map, goes on using the files that were read."""
+
+    def weights_of(self, name: str) -> str | None:
+        """The format of the experts of that name; None if there are none."""
+
+    def fill(self, arrivals: Arrivals) -> None:
+        """Read all experts into the pool."""
+
+    def settle(self, model: Any) -> None:
+        """Take back from the loaded model what only the loading needed."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +87,31 @@ class PackedConfig:
         """The name by which transformers finds our loader."""
         return self.config.quant_method
 
+    @property
+    def keeps_files(self) -> bool:
+        """The disk tier reads the packed files themselves."""
+        return True
+
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain data, which transformers prints."""
         return self.config.to_dict()
+
+    def weights_of(self, name: str) -> str | None:
+        """The format that the manifest gives a layer."""
+        entries = self.manifest["layers"]
+        return next((entry["weights"] for entry in entries if entry["name"] == name), None)
+
+    def fill(self, arrivals: Arrivals) -> None:
+        """Read all blobs, and compare their checksums."""
+        layers = arrivals.layers
+        total = sum(layer.packed.blobs.nbytes for layer in layers)
+        with bytes_bar("Reading experts", total) as bar:
+            fill(layers, self.manifest, self.folder, bar.update)
+
+    def settle(self, model: Any) -> None:
+        """Name the folder that was asked for, not the one inside it."""
+        del model.config.transformers_weights
+        model.config.name_or_path = model.name_or_path = str(self.folder.parent)
 
 
 Start = Callable[[Config, nn.Module], Session]
@@ -89,10 +135,10 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
     finish: Finish
     requires_calibration = False
 
-    def __init__(self, quantization_config: Config | PackedConfig, **kwargs: Any) -> None:
+    def __init__(self, quantization_config: Config | Source, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self.packed: PackedConfig | None = None
-        if isinstance(quantization_config, PackedConfig):
+        self.packed: Source | None = None
+        if not isinstance(quantization_config, Config):
             self.packed, quantization_config = quantization_config, quantization_config.config
         self.config = quantization_config
         self.session: Session | None = None
@@ -129,22 +175,18 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
             found = find_experts(model)
             stored = len(self.reader.catalogue) if self.reader is not None else 0
             is_packed = self.packed is not None
-            ensure_fits(model, self.config.weights, self.config.ram, stored, is_packed)
+            budget = self.config.weights, self.config.ram
+            ensure_fits(model, *budget, checkpoint_files or (), stored, is_packed)
             self.session = self.start(self.config, model)
-            if self.packed is None:
+            if self.packed is None or not self.packed.keeps_files:
                 self.session.make_room()
             for experts in found:
-                self.session.pack(experts)
+                weights = self.packed.weights_of(experts.name) if self.packed is not None else None
+                self.session.pack(experts, weights)
         self.arrivals = Arrivals(self.session.layers)
         if self.packed is not None:
-            self._read_packed(self.packed)
+            self.packed.fill(self.arrivals)
             self.arrivals.stand_aside()
-
-    def _read_packed(self, packed: PackedConfig) -> None:
-        assert self.session is not None
-        total = sum(layer.packed.blobs.nbytes for layer in self.session.layers)
-        with tqdm(total=total, desc="Reading experts", unit="B", unit_scale=True) as bar:
-            fill(self.session.layers, packed.manifest, packed.folder, bar.update)
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         """Converters for all that may hold experts.
@@ -171,9 +213,9 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
         self.arrivals.finish()
         self._check_shapes(model)
         if self.packed is not None:
-            del model.config.transformers_weights
-            model.config.name_or_path = model.name_or_path = str(self.packed.folder.parent)
-        own_memory(model)
+            self.packed.settle(model)
+        if self.packed is None or self.packed.keeps_files:
+            own_memory(model)
         conversions = getattr(model, "_weight_conversions", None) or []
         model._weight_conversions = [
             conversion for conversion in conversions if not isinstance(conversion, PackingConverter)
@@ -231,6 +273,11 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
                     f"{tuple(parameter.shape)}",
                     tensor=name,
                 )
+
+
+def bytes_bar(what: str, total: int) -> Any:
+    """A progress bar that `transformers.utils.logging` turns off and on."""
+    return tqdm(total=total, desc=what, unit="B", unit_scale=True)
 
 
 def check_device_map(device_map: Any) -> None:

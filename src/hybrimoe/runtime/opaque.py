@@ -7,6 +7,7 @@ does not come this way: it would cost some microseconds per call.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Protocol
 from weakref import WeakValueDictionary
 
@@ -17,7 +18,8 @@ from torch import Tensor
 class Layer(Protocol):
     """A module without parameters of its own that computes on the host."""
 
-    def compute(self, *inputs: Tensor) -> Tensor:
+    @property
+    def compute(self) -> Callable[..., Tensor]:
         """Its forward, without gradients."""
 
 

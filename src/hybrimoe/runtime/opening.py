@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from transformers.utils.hub import cached_file
 
@@ -17,13 +18,13 @@ from hybrimoe.errors import (
     UnsupportedModelError,
 )
 from hybrimoe.runtime.checkpoints import CONVERT, INDEX, examine_folder, read_index
+from hybrimoe.runtime.load_memory import ensure_fits
 from hybrimoe.runtime.loading import PackedConfig, check_device_map
 from hybrimoe.runtime.packed_files import DENSE, check_dense, read_manifest
-from hybrimoe.runtime.skeleton import first_line
+from hybrimoe.runtime.skeleton import build_skeleton, first_line, weight_dtype
 
 REFUSED = {
     "quantization_config": "hybrimoe's own is given by config=",
-    "gguf_file": "load it with transformers, then call hybrimoe.wrap",
     "state_dict": "build the model with it, then call hybrimoe.wrap",
     "tp_plan": "a model spread over processes cannot be loaded packed",
     "tp_size": "a model spread over processes cannot be loaded packed",
@@ -57,6 +58,10 @@ def load(
     if hf_kwargs.get("use_safetensors") is False:
         raise CheckpointError(f"use_safetensors=False asks for pickles: {CONVERT}")
     check_device_map(hf_kwargs.get("device_map"))
+    if hf_kwargs.get("gguf_file") is not None:
+        from hybrimoe.runtime.gguf_file import load_gguf  # an extra
+
+        return load_gguf(name, config, is_format_given, hf_kwargs)
     folder = Path(name)
     if folder.is_dir():
         folder = folder / (hf_kwargs.get("subfolder") or "")
@@ -76,6 +81,8 @@ def load(
         examine_remote(str(name), hf_kwargs)
     hf_kwargs = {**hf_kwargs, "use_safetensors": True}
     model_class, _ = class_of(name, hf_kwargs)
+    if not folder.is_dir() and not hf_kwargs.get("trust_remote_code"):
+        ensure_remote_fits(str(name), config, hf_kwargs)
     return model_class.from_pretrained(name, quantization_config=config, **hf_kwargs)
 
 
@@ -117,6 +124,20 @@ def examine_remote(name: str, hf_kwargs: dict[str, Any]) -> None:
         raise CheckpointNotFoundError(f"{name}: {first_line(error)}") from error
     if index is not None:
         read_index(Path(index), Path(index).parent)
+
+
+def ensure_remote_fits(name: str, config: Config, hf_kwargs: dict[str, Any]) -> None:
+    """Raise InsufficientMemoryError before the weights of a repository are fetched."""
+    model_config = hf_kwargs.get("config")
+    if model_config is None:
+        model_config, _ = transformers.AutoConfig.from_pretrained(
+            name, return_unused_kwargs=True, **hf_kwargs
+        )
+    asked = hf_kwargs.get("dtype") or hf_kwargs.get("torch_dtype") or "auto"
+    if asked == "auto":
+        asked = weight_dtype(model_config, {})
+    dtype = getattr(torch, asked) if isinstance(asked, str) else asked
+    ensure_fits(build_skeleton(model_config, dtype), config.weights, config.ram)
 
 
 def class_of(name: str | os.PathLike[str], hf_kwargs: dict[str, Any]) -> tuple[Any, Any]:

@@ -45,9 +45,15 @@ CHUNK = 8 << 20
 LARGEST_MANIFEST = 16 << 20
 
 
-def save(model: Any, layers: list[PooledExperts], folder: Path) -> None:
+def save(
+    model: Any,
+    layers: list[PooledExperts],
+    folder: Path,
+    progress: Callable[[int], object] = lambda _: None,
+) -> None:
     """Write a wrapped model's packed experts, dense weights and manifest into a folder.
 
+    progress: told the bytes of each layer that is written.
     Raises StorageError, with the old content whole, if the disk is full or refuses.
     """
     if folder.exists() and not folder.is_dir():
@@ -61,18 +67,25 @@ def save(model: Any, layers: list[PooledExperts], folder: Path) -> None:
         if need > free:
             raise StorageError(f"{folder} needs {need} bytes, its disk has {free} free")
         with FileLock(folder / LOCK):
-            _save_locked(model, layers, dense, folder)
+            _save_locked(model, layers, dense, folder, progress)
 
 
 def _save_locked(
-    model: Any, layers: list[PooledExperts], dense: dict[str, Tensor], folder: Path
+    model: Any,
+    layers: list[PooledExperts],
+    dense: dict[str, Tensor],
+    folder: Path,
+    progress: Callable[[int], object],
 ) -> None:
     part = folder / f"{PREFIX}{uuid.uuid4().hex[:12]}"
     try:
         part.mkdir()
         model.save_pretrained(part, state_dict=dense, max_shard_size="100TB")
         os.replace(part / "model.safetensors", part / DENSE)
-        entries = [_write_layer(layer, part, at) for at, layer in enumerate(layers)]
+        entries = []
+        for at, layer in enumerate(layers):
+            entries.append(_write_layer(layer, part, at))
+            progress(layer.packed.blobs.nbytes)
         manifest = {
             "schema_version": SCHEMA,
             "kernel_layout": KERNEL_LAYOUT,

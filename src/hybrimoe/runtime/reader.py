@@ -1,4 +1,8 @@
-"""Threads that read from the disk while others compute; they end by themselves when idle."""
+"""Threads that read from the disk while others compute; they end by themselves when idle.
+
+Whoever orders a read or waits for one may be interrupted at any moment. So they use plain locks alone:
+those are taken and given back by single steps, where a `threading.Condition` could stay locked.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from queue import Empty, SimpleQueue
 
 from hybrimoe.errors import DiskReadError
 
@@ -17,16 +22,32 @@ LOOK_S = 0.25
 
 
 class Read:
-    """One task of a reader. seconds: how long it took; error: what it raised."""
+    """One task of a reader. start, seconds: when it ran and how long; error: what it raised.
 
-    __slots__ = ("done", "error", "seconds", "start", "task", "thread")
+    urgent: whether somebody is going to wait for it.
+    """
+
+    __slots__ = ("done", "error", "gate", "seconds", "start", "task", "thread", "urgent")
 
     def __init__(self, task: Callable[[], None]) -> None:
         self.task = task
-        self.done = False
+        self.done = self.urgent = False
         self.error: BaseException | None = None
         self.thread: threading.Thread | None = None  # the one that runs it, or ran it
         self.start = self.seconds = 0.0
+        self.gate = threading.Lock()  # locked until the read is done
+        self.gate.acquire()
+
+    def run(self) -> None:
+        """Do it, in the reader's thread."""
+        self.start = time.perf_counter()
+        try:
+            self.task()
+        except BaseException as error:
+            self.error = error  # raised again where somebody waits for it
+        self.seconds = time.perf_counter() - self.start
+        self.done = True
+        self.gate.release()
 
 
 class Reader:
@@ -42,32 +63,31 @@ class Reader:
 
     def _begin(self) -> None:
         self._pid = os.getpid()
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
         self._queues: tuple[deque[Read], deque[Read]] = (deque(), deque())
+        self._tokens: SimpleQueue[bool] = SimpleQueue()  # one per read, or more; False: time to end
         self._alive: list[threading.Thread] = []
-        self._idle = 0
-        self._closed = False
 
     def submit(self, read: Read, urgent: bool = True) -> None:
         """Queue a read; one that is queued already becomes urgent if it is so now."""
         if self._pid != os.getpid():
             self._begin()  # a forked child has no threads, and locks in an unknown state
-        with self._changed:
+        with self._lock:
+            read.urgent |= urgent
             if read.thread is not None:
                 return
-            self._closed = False
             self._unqueue(read)
             self._queues[not urgent].append(read)
+            self._tokens.put(True)
             self._alive = [thread for thread in self._alive if thread.is_alive()]
-            if sum(map(len, self._queues)) > self._idle and len(self._alive) < self.threads:
+            if len(self._alive) < self.threads:
                 thread = threading.Thread(target=self._work, name="hybrimoe-reader")
                 self._alive.append(thread)
                 thread.start()
-            self._changed.notify_all()
 
     def cancel(self, read: Read) -> bool:
         """Take a read back that nobody has started; False if it is too late."""
-        with self._changed:
+        with self._lock:
             return self._unqueue(read)
 
     def wait(self, read: Read) -> None:
@@ -75,12 +95,12 @@ class Reader:
 
         Raises DiskReadError within a second if the thread that had it is gone.
         """
-        with self._changed:
-            while not read.done:
-                self._changed.wait(LOOK_S)
-                if not read.done and not self._is_attended(read):
-                    self._unqueue(read)
-                    raise DiskReadError("the thread that reads experts has ended")
+        while not read.done:
+            if read.gate.acquire(timeout=LOOK_S):
+                read.gate.release()  # for whoever else waits
+            elif not self._is_attended(read) and not read.done:
+                self.cancel(read)
+                raise DiskReadError("the thread that reads experts has ended")
         if read.error is not None:
             raise read.error
 
@@ -88,14 +108,15 @@ class Reader:
         """Drop what is queued, and wait until no thread is left."""
         if self._pid != os.getpid():
             return
-        with self._changed:
-            self._closed = True
+        with self._lock:
             for queue in self._queues:
                 queue.clear()
-            self._changed.notify_all()
-        for thread in self._alive:
+            threads = self._alive
+            for _ in threads:
+                self._tokens.put(False)
+        for thread in threads:
             thread.join()
-        self._alive = []
+        self._begin()
 
     def _unqueue(self, read: Read) -> bool:
         for queue in self._queues:
@@ -110,35 +131,21 @@ class Reader:
         return any(thread.is_alive() for thread in self._alive)
 
     def _work(self) -> None:
-        while (read := self._take()) is not None:
-            read.start = time.perf_counter()
+        me = threading.current_thread()
+        while True:
             try:
-                read.task()
-            except BaseException as error:
-                read.error = error  # raised again where somebody waits for it
-            read.seconds = time.perf_counter() - read.start
-            with self._changed:
-                read.done = True
-                self._changed.notify_all()
-
-    def _take(self) -> Read | None:
-        """The next read, or None when it is time to end."""
-        with self._changed:
-            deadline = time.monotonic() + IDLE_S
-            self._idle += 1
-            try:
-                while not self._closed:
-                    for queue in self._queues:
-                        if queue:
-                            read = queue.popleft()
-                            read.thread = threading.current_thread()
-                            return read
-                    left = deadline - time.monotonic()
-                    if left <= 0:
-                        break
-                    self._changed.wait(left)
-                # Under the lock: whoever submits next must not count on this thread.
-                self._alive = [t for t in self._alive if t is not threading.current_thread()]
-                return None
-            finally:
-                self._idle -= 1
+                if not self._tokens.get(timeout=IDLE_S):
+                    return
+            except Empty:
+                with self._lock:  # whoever submits next must not count on this thread
+                    if any(self._queues):
+                        continue
+                    self._alive = [thread for thread in self._alive if thread is not me]
+                    return
+            with self._lock:
+                queue = next((queue for queue in self._queues if queue), None)
+                if queue is None:
+                    continue  # it was cancelled
+                read = queue.popleft()
+                read.thread = me
+            read.run()
