@@ -17,9 +17,8 @@ from transformers import AutoModelForCausalLM
 
 import hybrimoe
 from hybrimoe import Config
-from hybrimoe.errors import ConfigError, DiskReadError, InsufficientMemoryError, StorageError
-from hybrimoe.runtime import backing, load_memory
-from hybrimoe.runtime.host import HostMemory
+from hybrimoe.errors import ConfigError, DiskReadError, StorageError
+from hybrimoe.runtime import backing
 from hybrimoe.runtime.packed_files import describe
 from paths import TINY_MOE
 from test_reader import readers
@@ -260,16 +259,6 @@ def test_a_disk_that_fills_up_on_the_way_gives_the_model_back(monkeypatch, tmp_p
 
     assert_nothing_is_left(tmp_path, files)
     assert same(answer(hybrimoe.wrap(model, device="cpu")), expected(device="cpu"))
-
-
-def test_too_little_memory_names_ram_as_a_way_out(monkeypatch):
-    def have(free):
-        monkeypatch.setattr(load_memory, "host_memory", lambda **_: HostMemory(free, "the test"))
-
-    have(load_memory.MARGIN + 18_500_000)
-    with pytest.raises(InsufficientMemoryError):
-        hybrimoe.from_pretrained(TINY_MOE, device="cpu", weights="int4")
-    hybrimoe.from_pretrained(TINY_MOE, device="cpu", weights="int4", ram=0.1)
 
 
 # Failures while it runs.

@@ -340,7 +340,7 @@ NUMBERS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("value", [0, (1 << 31) - 1, (1 << 32) - 1])
+@pytest.mark.parametrize("value", [0, (1 << 32) - 1])
 @pytest.mark.parametrize("key", NUMBERS)
 def test_numbers_that_no_model_has_are_typed_errors_or_harmless(key, value, write_small):
     folder = write_small("Q8_0")

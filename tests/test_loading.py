@@ -240,7 +240,6 @@ def test_the_cpu_is_accepted(device_map):
     ("argument", "value"),
     [
         ("quantization_config", Config()),
-        ("gguf_file", "model.gguf"),
         ("state_dict", {"a": 1}),
         ("tp_plan", "auto"),
         ("ignore_mismatched_sizes", True),
@@ -380,10 +379,10 @@ def test_too_little_memory_is_said_before_weights_are_fetched(monkeypatch, repos
 
     with pytest.raises(InsufficientMemoryError, match=r"weights='native' needs 27\..*'int8' fits"):
         load()
-    with pytest.raises(InsufficientMemoryError, match=r"weights='native' needs 55\..*no format"):
+    with pytest.raises(InsufficientMemoryError, match=r"weights='native' needs 54\..*'int8' fits"):
         load(dtype="float32")
     for settings in ({"weights": "int4"}, {"num_hidden_layers": 3}):
-        with pytest.raises(OSError, match="model-00001-of-00001"):  # it would fetch them
+        with pytest.raises(OSError, match="find them in the cached"):  # it would fetch them
             load(**settings)
 
 

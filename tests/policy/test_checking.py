@@ -228,6 +228,10 @@ def test_settings_that_no_policy_can_have_are_refused_at_the_start() -> None:
         checked_ranking(type("Mine", (Worth,), {})(frozen="yes"))
     with pytest.raises(ConfigError, match="depth must lie in"):
         checked_prefetcher(type("Mine", (Wants,), {"__post_init__": lambda self: None})(depth=9))
+    with pytest.raises(ConfigError, match=r"Mine\.timely must be a bool, got 'no'"):
+        checked_prefetcher(type("Mine", (Wants,), {})(timely="no"))
+    theirs = checked_prefetcher(Wants(depth=3, window="layer", timely=False))
+    assert (theirs.depth, theirs.window, theirs.timely) == (3, "layer", False)
     settings = checked_ranking(Worth(scope="model", backfill=True))
     assert isinstance(settings, CheckedRanking)
     assert (settings.scope, settings.backfill) == ("model", True)

@@ -16,7 +16,7 @@ from hybrimoe.policy.forecaster import Markov
 from hybrimoe.policy.prefetcher import Impact, Never, NextLayer
 from hybrimoe.policy.presets import PRESETS
 from hybrimoe.policy.ranking import LRU, MRS
-from hybrimoe.policy.routing import Load
+from hybrimoe.policy.routing import Forecast, Load
 from hybrimoe.policy.scheduler import Hybrid, OnDemand, Plan, Scheduler, Split, Static
 from hybrimoe.policy.simulator import SimExecutor
 from hybrimoe.policy.timeline import Array, Timeline
@@ -95,8 +95,8 @@ def token(rng: np.random.Generator, layer: int, most: int = 1) -> Load:
 
 POLICIES = [
     *PRESETS.values(),
-    Policies(Split(), MRS(admission=True, backfill=True), NextLayer(depth=2)),
-    Policies(Hybrid(), LRU(scope="model"), Impact(depth=2, gated=False)),
+    Policies(Split(), MRS(admission=True, backfill=True), NextLayer(depth=2, timely=False)),
+    Policies(Hybrid(), LRU(scope="model"), Impact(depth=2, gated=False, timely=False)),
 ]
 
 
@@ -117,10 +117,10 @@ def test_no_expert_ever_runs_from_a_slot_that_does_not_hold_it(
 
 
 def test_background_copies_never_start_once_the_layer_has_ended() -> None:
-    policies = Policies(Static(), MRS(alpha=0.5, backfill=True), Never())
+    policies = Policies(Static(), MRS(alpha=0.5, backfill=True), NextLayer(timely=False))
     cost = make_cost(link_bandwidth=20.0, link_bandwidth_contended=20.0)
     engine, executor = build(policies, cost)
-    rng, late = np.random.default_rng(0), []
+    rng, late, started = np.random.default_rng(0), [], 0
     original = executor.copy
 
     def copy(move: Move, timeline: Timeline) -> float:
@@ -131,7 +131,78 @@ def test_background_copies_never_start_once_the_layer_has_ended() -> None:
     for step in range(60):
         late.clear()
         plan = engine.step(token(rng, step % 3))
+        started += len(late)
         assert all(start < plan.makespan for start in late)
+    assert started
+
+
+def ahead(layer: int, experts: list[int]) -> Forecast:
+    ids = np.array(experts, np.int32)
+    return Forecast(layer, ids, np.ones(ids.size, np.int32), np.full(ids.size, 0.9))
+
+
+def background(policies: Policies, bandwidth: float) -> list[Move]:
+    """What is copied while layers 0 and 1 run, each with an expert that misses and a forecast."""
+    cost = make_cost(link_bandwidth=bandwidth, link_bandwidth_contended=bandwidth)
+    engine, executor = build(policies, cost)
+    here = [np.flatnonzero(engine.cache.resident(layer)) for layer in range(3)]
+    absent = [np.flatnonzero(~engine.cache.resident(layer)) for layer in range(3)]
+    found: list[Move] = []
+    original = executor.copy
+
+    def copy(move: Move, timeline: Timeline) -> float:
+        found.append(move)
+        return original(move, timeline)
+
+    executor.copy = copy  # type: ignore[method-assign]
+    for layer in range(2):
+        ids = np.array([here[layer][0], absent[layer][0]], np.int32)
+        scores = np.isin(np.arange(8), ids).astype(np.float32)
+        load = Load(layer, ids, np.full(2, 4, np.int32), scores)
+        engine.step(load, [ahead(layer + 1, absent[layer + 1][:2].tolist())])
+    return found
+
+
+def test_what_is_forecast_is_copied_before_what_missed() -> None:
+    policies = Policies(Static(), MRS(alpha=0.5, backfill=True), NextLayer())
+    order = [move.layer for move in background(policies, 500.0)]
+    assert order[0] == 1
+    assert 0 in order
+
+
+@pytest.mark.parametrize("timely", [True, False])
+def test_a_timely_prefetcher_starts_no_copy_that_would_be_late(timely: bool) -> None:
+    policies = Policies(Static(), MRS(alpha=0.5), NextLayer(timely=timely))
+    assert bool(background(policies, 10.0)) is not timely
+    assert background(policies, 500.0)
+
+
+def test_a_swap_that_would_not_end_in_the_idle_time_is_not_begun() -> None:
+    policies = Policies(Static(), MRS(alpha=0.5, backfill=True), Never())
+    assert not background(policies, 10.0)
+    assert background(policies, 500.0)
+
+
+@pytest.mark.parametrize("window", ["layer", "gap"])
+def test_the_window_says_whether_copies_go_on_after_the_layer(window: str) -> None:
+    policies = Policies(Static(), LRU(), NextLayer(window=window, timely=False))
+    cost = make_cost(link_bandwidth=10.0, link_bandwidth_contended=10.0)
+    engine, executor = build(policies, cost)
+    rng, over = np.random.default_rng(0), 0
+    original = executor.copy
+
+    def copy(move: Move, timeline: Timeline) -> float:
+        starts.append(max(timeline.free[2], timeline.now))
+        return original(move, timeline)
+
+    executor.copy = copy  # type: ignore[method-assign]
+    for step in range(30):
+        starts: list[float] = []
+        start = engine.timeline.now
+        plan = engine.step(token(rng, step % 3))
+        over += sum(s >= start + plan.makespan for s in starts)
+        engine.timeline.now += 6.0  # attention
+    assert bool(over) is (window == "gap")
 
 
 def test_a_divided_expert_that_stays_becomes_resident() -> None:
@@ -170,13 +241,14 @@ def test_more_experts_than_slots_pass_through_staging() -> None:
 
 
 def test_a_background_copy_whose_slot_was_given_up_is_not_sent() -> None:
-    policies = Policies(Static(), MRS(alpha=0.5, backfill=True), Never())
+    policies = Policies(Static(), MRS(alpha=0.5), NextLayer(timely=False))
     cost = make_cost(link_bandwidth=10.0, link_bandwidth_contended=10.0)
     engine, executor = build(policies, cost)
-    rng, step = np.random.default_rng(0), 0
-    while not np.isinf(engine.cache.arrival).any():
+    rng = np.random.default_rng(0)
+    for step in range(60):
         engine.step(token(rng, step % 3))
-        step += 1
+        if np.isinf(engine.cache.arrival).any():
+            break
     slot = int(np.flatnonzero(np.isinf(engine.cache.arrival))[0])
     layer, expert = engine.cache.owner[slot]
     given_up, sent = (slot, int(engine.cache.generation[slot])), []
@@ -188,8 +260,8 @@ def test_a_background_copy_whose_slot_was_given_up_is_not_sent() -> None:
 
     executor.copy = copy  # type: ignore[method-assign]
     engine.cache.drop(layer, expert)
-    for _ in range(2):
-        engine.step(token(rng, (layer + 1) % 3))
+    for layer in (0, 1, 2, 0, 1, 2):
+        engine.step(token(rng, layer))
     assert sent
     assert given_up not in sent
 

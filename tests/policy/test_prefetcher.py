@@ -54,6 +54,10 @@ class PrefetcherContract:
         with pytest.raises(ConfigError, match="depth must lie in"):
             self.make(depth=9)
 
+    def test_an_unknown_window_is_refused(self) -> None:
+        with pytest.raises(ConfigError, match=r"window must be one of .*, got 'ever'"):
+            self.make(window="ever")
+
 
 class TestNever(PrefetcherContract):
     make = Never

@@ -324,15 +324,14 @@ class Engine:
             if timeline.free.item(LINK) >= idle:
                 return
 
-    def _look_ahead(
-        self, load: Load, given: Sequence[Forecast], asked: bool
-    ) -> Sequence[Forecast]:
-        """What later layers will ask for, if it is asked; the books of how far that comes true."""
+    def _look_ahead(self, load: Load, given: Sequence[Forecast], room: bool) -> Sequence[Forecast]:
+        """What later layers will ask for, and the books of how far that comes true."""
         trust, forecaster = self.trust, self.forecaster
         trust.settle(load)
         if forecaster is not None:
             forecaster.observe(load)
-            if asked and not (given or self.cache.crowded):  # ids of single tokens say little of a prompt
+            # Ids of single tokens say little of a prompt; without room nobody needs to know.
+            if room and not (given or self.cache.crowded):
                 given = forecaster.forecast(load.layer)
         seen = given[: self.depth]
         trust.expect(load.layer, seen)

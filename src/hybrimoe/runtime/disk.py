@@ -372,6 +372,8 @@ class DiskTier:
                 np.add.at(self.cache.references, self._lent, 1)
                 under_way = np.isin(np.arange(self.cache.slots), list(self._reads))
                 self.cache.arrival[~under_way] = 0.0
+                for read in self._reads.values():
+                    read.urgent = False  # who waited for it has left; if it fails it is read again
             for slot, read in list(self._reads.items()):
                 if read.done and not (read.error and read.urgent):  # else it will be raised
                     self._settle(slot, read)
