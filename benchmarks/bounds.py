@@ -142,7 +142,7 @@ def schedules(cases: list[Case], exact: bool) -> dict[str, tuple[float, float]]:
 def whole_system(half: Half, residency: float) -> dict[str, list[float]]:
     """Milliseconds per token by profile: presets, and the default with each part made perfect."""
     sure = Half(perfect_forecasts(half.trace), half.prior)
-    belady = dataclasses.replace(Belady.of(half.trace, "model"), backfill=True)
+    belady = dataclasses.replace(Belady.of(half.trace), backfill=True)
     ahead = Impact(depth=4)
     bounds = {
         "perfect forecasts, 4 layers": (sure, dataclasses.replace(DEFAULT, prefetcher=ahead)),

@@ -3,7 +3,7 @@
 python benchmarks/disk.py [--layers 4] [--tokens 24] [--folder /path/on/the/disk]
 
 A generated model of the Qwen3-30B-A3B shape, its experts packed as int4; every read goes past the page
-cache. Random tokens through random weights are routed nearly evenly, the worst case for any cache.
+cache. How often it hits is a property of the generated routers, and says nothing of a trained model.
 """
 
 import argparse

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from hybrimoe.policy.engine import Policies
-from hybrimoe.policy.prefetcher import Impact, Never
+from hybrimoe.policy.prefetcher import Never
 from hybrimoe.policy.presets import PRESETS
 from hybrimoe.policy.profiles import A6000, Profile
 from hybrimoe.policy.ranking import LRU, MRS, Static
@@ -36,13 +36,14 @@ MODELS = {
 RECALL = (0.80, 0.72, 0.67)  # of routers run early, measured on tiny-moe
 PROMPT = 128  # tokens of Table III's prefill; the paper does not say which of its lengths it is
 NEAR = 0.15
-BASE = Policies(Resident(), Static(), Never())
+PAPER = PRESETS["hybrimoe-paper"]
+BASE = Policies(Resident(), Static(), Never(window="layer"))
 ABLATION = {
     "baseline": BASE,
     "+ scheduling": dataclasses.replace(BASE, scheduler=Hybrid()),
-    "+ prefetching": dataclasses.replace(BASE, prefetcher=Impact(depth=3, gated=False)),
+    "+ prefetching": dataclasses.replace(BASE, prefetcher=PAPER.prefetcher),
     "+ caching": dataclasses.replace(BASE, ranking=MRS(alpha=0.5, backfill=True)),
-    "all": PRESETS["hybrimoe-paper"],
+    "all": PAPER,
     "(our default)": PRESETS["hybrimoe"],
 }
 PAPER_PREFILL = {"baseline": 1.47, "+ scheduling": 1.17, "+ prefetching": 1.39, "all": 1.13}

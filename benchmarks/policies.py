@@ -148,7 +148,7 @@ def show_grid(rows: list[dict]) -> str:
 
 def tuned(half: Half) -> tuple[str, dict[str, float]]:
     """The ranking that is fastest on the half to tune on."""
-    rules = {"scope": "model", "admission": True, "backfill": True}
+    rules = {"admission": True, "backfill": True}
     tried: dict[str, Ranking] = {
         f"MRS, alpha {alpha}": MRS(alpha=alpha, **rules) for alpha in (0.05, 0.1, 0.2, 0.5)
     }
@@ -198,17 +198,17 @@ def main() -> None:
         rows = [(name, f"{ms:.3f}") for name, ms in results["tune"].items()]
         print(table(("setting", "ms/token, mean over profiles"), rows), f"\n\nBest: {best}.")
     if section("slots", "Slots and rankings in the default, 25 %, ms per token"):
-        ours, rules = DEFAULT.ranking, {"scope": "model", "admission": True, "backfill": True}
+        ours, rules = DEFAULT.ranking, {"admission": True, "backfill": True}
         tried = {
-            "NextToken, model-wide, admitting, backfill (default)": {"cache": ours},
-            "per layer": {"cache": dataclasses.replace(ours, scope="layer")},
+            "NextToken, per layer, admitting, backfill (default)": {"cache": ours},
+            "model-wide": {"cache": dataclasses.replace(ours, scope="model")},
             "without admission": {"cache": dataclasses.replace(ours, admission=False)},
             "without backfill": {"cache": dataclasses.replace(ours, backfill=False)},
             "MRS .1, same rules": {"cache": MRS(alpha=0.1, **rules)},
             "MRS .5, same rules": {"cache": MRS(alpha=0.5, **rules)},
             "LRU-2, same rules": {"cache": LRU2(**rules)},
             "Belady, backfill (bound of caches)": {
-                "cache": dataclasses.replace(Belady.of(report.trace, "model"), backfill=True)
+                "cache": dataclasses.replace(Belady.of(report.trace), backfill=True)
             },
         }
         results["slots"] = compare(report, tried, 0.25)

@@ -17,7 +17,8 @@ import numpy as np
 
 from hybrimoe.policy.cost import CostModel
 from hybrimoe.policy.oracle import perfect_forecasts
-from hybrimoe.policy.prefetcher import Impact, Never
+from hybrimoe.policy.prefetcher import Never
+from hybrimoe.policy.presets import PRESETS
 from hybrimoe.policy.profiles import PROFILES
 from hybrimoe.policy.ranking import MRS, Books, Ranking
 from hybrimoe.policy.routing import Load
@@ -87,16 +88,16 @@ def depths(gpt: Half, steps: int) -> dict[str, list[float]]:
         ("synthetic 64 experts, routers", router),
     ):
         for residency in (0.25, 0.5):
-            for label, base, gated in (
-                ("default", "hybrimoe", True),
-                ("paper's policies", "hybrimoe-paper", False),
-            ):
+            for label, base in (("default", "hybrimoe"), ("paper's policies", "hybrimoe-paper")):
+                own = PRESETS[base].prefetcher
                 found[f"{name}, {label}, {residency:.0%}"] = [
                     mean_ms(
                         half,
                         residency,
                         base,
-                        prefetcher=Impact(depth=d, gated=gated) if d else Never(),
+                        prefetcher=dataclasses.replace(own, depth=d)
+                        if d
+                        else Never(window=own.window),
                     )
                     for d in range(5)
                 ]
@@ -105,7 +106,7 @@ def depths(gpt: Half, steps: int) -> dict[str, list[float]]:
 
 def cost_aware(gpt: Half, prompts: dict[str, Half]) -> dict[str, dict[str, float]]:
     """Milliseconds of MRS by score and by CPU seconds at stake, the default's rules otherwise."""
-    rules = {"scope": "model", "admission": True, "backfill": True}
+    rules = {"admission": True, "backfill": True}
     found: dict[str, dict[str, float]] = {}
     for what, half in {"gpt-oss decode": gpt, **prompts}.items():
         for residency in RESIDENCY:
@@ -143,9 +144,9 @@ def contended(gpt: Half, prompts: dict[str, Half]) -> dict[str, list[float]]:
 
 def scopes(gpt: Half, prompts: dict[str, Half]) -> dict[str, list[float]]:
     """Speed of model-wide slots over a quota per layer, by residency, mean over profiles."""
-    layer = dataclasses.replace(DEFAULT.ranking, scope="layer")
+    wide = dataclasses.replace(DEFAULT.ranking, scope="model")
     return {
-        what: [mean_ms(half, r, cache=layer) / mean_ms(half, r) for r in RESIDENCY]
+        what: [mean_ms(half, r) / mean_ms(half, r, cache=wide) for r in RESIDENCY]
         for what, half in {"gpt-oss decode": gpt, **prompts}.items()
     }
 

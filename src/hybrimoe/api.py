@@ -62,9 +62,9 @@ class Runtime:
         self._guards = Guards()
         self._hooks = [
             model.register_forward_pre_hook(self._counters.enter, with_kwargs=True),
-            model.register_forward_pre_hook(lambda *_: self.hybrid.begin() if self.hybrid else None),
+            model.register_forward_pre_hook(self._begin),
             model.register_forward_hook(self._counters.leave, with_kwargs=True),
-            model.register_forward_hook(lambda *_: self.hybrid.end() if self.hybrid else None),
+            model.register_forward_hook(self._end),
         ]
 
     def report(self) -> Report:
@@ -167,6 +167,16 @@ class Runtime:
         """End the threads and close the files of experts on disk; nobody may need them any more."""
         if self.pool.tier is not None:
             self.pool.tier.close()
+
+    def _begin(self, *_: Any) -> None:
+        """Forward pre-hook of the model."""
+        if self.hybrid is not None:
+            self.hybrid.begin()
+
+    def _end(self, *_: Any) -> None:
+        """Forward hook of the model."""
+        if self.hybrid is not None:
+            self.hybrid.end()
 
     def __repr__(self) -> str:
         size = self.pool.nbytes / 2**20

@@ -215,5 +215,5 @@ def test_budgets() -> None:
 
 def test_presets_are_the_named_systems() -> None:
     assert preset("ondemand").scheduler == OnDemand()
-    assert preset("hybrimoe").ranking == NextToken(scope="model", admission=True, backfill=True)
+    assert preset("hybrimoe").ranking == NextToken(admission=True, backfill=True)
     assert preset("hybrimoe-paper").ranking == MRS(alpha=0.5)

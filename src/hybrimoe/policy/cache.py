@@ -176,7 +176,13 @@ class Cache:
         slot, generation, *victim = claim(
             self.ranking.worth(self.books),
             *(self.owner, self.references, self.arrival, self.occupied, self.quota),
-            *(0 if anywhere else self.floor, self._within and not anywhere, layer, _kept(keep), now),
+            *(
+                0 if anywhere else self.floor,
+                self._within and not anywhere,
+                layer,
+                _kept(keep),
+                now,
+            ),
             *(self.slot, self.generation, expert, self.ranking.admission and not force),
         )
         if slot < 0:

@@ -305,17 +305,18 @@ class Engine:
 
     def _prefetch(self, seen: Sequence[Forecast], idle: float) -> None:
         timeline, cache, policies = self.timeline, self.cache, self.policies
-        prefetcher, first = policies.prefetcher, seen[0].layer
+        prefetcher, first, left = policies.prefetcher, seen[0].layer, self._left(idle)
         needed = self.cost.load_s if prefetcher.timely else 0.0
-        if self._left(idle) + (seen[-1].layer - first) * self._spare < needed:
+        if left + (seen[-1].layer - first) * self._spare < needed:
             return
-        seen, ahead = self._trusted(seen, idle), timeline.fork()
-        ahead.now = seen[0].start
-        wanted = prefetcher.wanted(seen, cache, policies.scheduler, ahead, self.cost)
+        told, ahead = self._trusted(seen, idle), timeline.fork()
+        ahead.now = told[0].start
+        told = [f for f in told if left + (f.layer - first) * self._spare >= needed]
+        wanted = prefetcher.wanted(told, cache, policies.scheduler, ahead, self.cost)
         for layer, expert in wanted:
             if self._left(idle) + (layer - first) * self._spare < needed:
                 continue
-            keep = next(f.experts for f in seen if f.layer == layer)
+            keep = next(f.experts for f in told if f.layer == layer)
             move = cache.admit(layer, expert, keep, timeline.now, force=True)
             if move is not None:
                 self.prefetched += 1

@@ -235,7 +235,7 @@ def _set_direct(file: int) -> bool:
         return False
     try:
         fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) | DIRECT)
-        os.preadv(file, [_aligned(PAGE)], 0)  # some systems refuse only now
+        os.preadv(file, [memoryview(_aligned(PAGE))], 0)  # type: ignore[arg-type]  # or refused now
     except OSError as error:
         if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
             return False

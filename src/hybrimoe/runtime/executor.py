@@ -283,9 +283,7 @@ class TorchExecutor:
         for expert, slot in wave.items():
             held = self.content[slot]
             if held.expert != expert or held.layer != index:
-                raise PolicyError(
-                    f"slot {slot} holds {held}, not expert {expert} of layer {index}"
-                )
+                raise PolicyError(f"slot {slot} holds {held}, not expert {expert} of layer {index}")
             if self.arrivals[slot]:
                 waiting = [event for event in self.arrivals[slot] if not happened(event)]
                 after += waiting  # hazard: its weights may still be on the wire

@@ -68,7 +68,9 @@ class Hybrid:
         kept = reserve(free or 0, kv)
         slots = slot_count(config.vram, counted(layers), free, kept)
         self.cache = Cache(policies.ranking, slots, len(layers), self.experts, top_k)
-        self.executor = TorchExecutor(pool, self.cache, self.cost, accelerator, threads, config.trace)
+        self.executor = TorchExecutor(
+            pool, self.cache, self.cost, accelerator, threads, config.trace
+        )
         self.meter = self.executor.meter
         markov = Markov(len(layers), self.experts, top_k, depth=max(policies.prefetcher.depth, 1))
         self.engine = Engine(
