@@ -18,8 +18,8 @@ from hybrimoe.kernels.moe import Workspace, run_layer
 from hybrimoe.kernels.threads import launch, usable_cores
 from hybrimoe.policy.cost import CostModel
 from hybrimoe.policy.profiles import shape
-from hybrimoe.runtime.calibration import measure, named_subject
-from hybrimoe.runtime.probes import MemoryTraffic
+from hybrimoe.runtime.measuring.calibration import measure, named_subject
+from hybrimoe.runtime.measuring.probes import MemoryTraffic
 from machine import describe, finish, random_layer
 
 EXPERTS = range(1, 9)

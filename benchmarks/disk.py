@@ -21,8 +21,8 @@ import torch
 import transformers
 
 import hybrimoe
-from hybrimoe.runtime.backing import Backing
 from hybrimoe.runtime.pool import allocate
+from hybrimoe.runtime.storage.backing import Backing
 from machine import describe, finish
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))

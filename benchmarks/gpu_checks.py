@@ -15,8 +15,8 @@ from hybrimoe import api
 from hybrimoe.kernels import torch_experts
 from hybrimoe.kernels.torch_pairs import Slots, pairs_of
 from hybrimoe.policy.presets import PRESETS
-from hybrimoe.runtime.cuda import TorchAccelerator
-from hybrimoe.runtime.device import EmulatedAccelerator
+from hybrimoe.runtime.devices.cuda import TorchAccelerator
+from hybrimoe.runtime.devices.device import EmulatedAccelerator
 from machine import random_layer
 
 E, K, D, F = 32, 4, 128, 96  # as in the tiny models: the same kernels are compiled once

@@ -37,11 +37,11 @@ from hybrimoe.policy.simulator import SimExecutor
 from hybrimoe.policy.synthesis import synthesise
 from hybrimoe.policy.timeline import Lane
 from hybrimoe.runtime import executor as shared
-from hybrimoe.runtime.device import EmulatedAccelerator
+from hybrimoe.runtime.devices.device import EmulatedAccelerator
 from hybrimoe.runtime.experts import PooledExperts
 from hybrimoe.runtime.hybrid import Hybrid
+from hybrimoe.runtime.measuring.stats import Stats
 from hybrimoe.runtime.pool import ExpertPool
-from hybrimoe.runtime.stats import Stats
 from machine import describe, finish, random_layer
 
 D, F, E, K = 2048, 768, 64, 8

@@ -12,8 +12,8 @@ import families
 import hybrimoe
 from hybrimoe import api
 from hybrimoe.errors import ConfigError
-from hybrimoe.runtime.device import EmulatedAccelerator
-from hybrimoe.runtime.memory import (
+from hybrimoe.runtime.devices.device import EmulatedAccelerator
+from hybrimoe.runtime.devices.memory import (
     KV_TOKEN,
     SPARE,
     Experts,

@@ -23,9 +23,10 @@ from hybrimoe.kernels.activations import Gate
 from hybrimoe.kernels.layout import expert_layout
 from hybrimoe.kernels.moe import PackedLayer
 from hybrimoe.policy.profiles import SHAPES, Profile
-from hybrimoe.runtime import calibration, calibration_cache, hybrid, probes
-from hybrimoe.runtime.calibration import Subject, fingerprint, measure, stand_in
-from hybrimoe.runtime.device import EmulatedAccelerator
+from hybrimoe.runtime import hybrid
+from hybrimoe.runtime.devices.device import EmulatedAccelerator
+from hybrimoe.runtime.measuring import calibration, calibration_cache, probes
+from hybrimoe.runtime.measuring.calibration import Subject, fingerprint, measure, stand_in
 
 LATENCY_S, LINK = 10e-6, 2e9
 FIRST_S, READ_S, TOKEN_S, LAUNCH_S = 50e-6, 30e-6, 3e-6, 5e-6

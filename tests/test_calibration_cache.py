@@ -12,8 +12,8 @@ import huggingface_hub
 import pytest
 
 from hybrimoe.policy.cost import CostModel
-from hybrimoe.runtime import calibration_cache
-from hybrimoe.runtime.calibration_cache import Measured, cached, file_of, kept
+from hybrimoe.runtime.measuring import calibration_cache
+from hybrimoe.runtime.measuring.calibration_cache import Measured, cached, file_of, kept
 
 KEY = {"cpu": "abacus", "threads": 2}
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks to kill the writer")

@@ -11,7 +11,7 @@ from hybrimoe.kernels.layout import expert_layout
 from hybrimoe.kernels.moe import PackedLayer
 from hybrimoe.kernels.torch_pairs import Slots, pairs_of
 from hybrimoe.runtime.adapters import ExpertWeights
-from hybrimoe.runtime.cuda import TorchAccelerator
+from hybrimoe.runtime.devices.cuda import TorchAccelerator
 from hybrimoe.runtime.formats import pack
 
 D, F, E = 64, 96, 4

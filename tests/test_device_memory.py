@@ -10,8 +10,8 @@ import hybrimoe
 from hybrimoe import api
 from hybrimoe.errors import InsufficientMemoryError
 from hybrimoe.policy.presets import PRESETS
-from hybrimoe.runtime.device import EmulatedAccelerator
-from hybrimoe.runtime.memory import SPARE
+from hybrimoe.runtime.devices.device import EmulatedAccelerator
+from hybrimoe.runtime.devices.memory import SPARE
 from small_model import GIB, LAYERS, SLOT, Fails, load_small, tokens, wrap_on
 
 

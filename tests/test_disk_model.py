@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 import hybrimoe
 from hybrimoe import Config
 from hybrimoe.errors import ConfigError, DiskReadError, StorageError
-from hybrimoe.runtime import backing
-from hybrimoe.runtime.packed_files import describe
+from hybrimoe.runtime.loading.packed_files import describe
+from hybrimoe.runtime.storage import backing
 from paths import TINY_MOE
 from test_reader import readers
 

@@ -13,7 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 import hybrimoe
 from hybrimoe import api
 from hybrimoe.errors import DeviceLostError, InsufficientMemoryError
-from hybrimoe.runtime.device import EmulatedAccelerator
+from hybrimoe.runtime.devices.device import EmulatedAccelerator
 from paths import TINY_MOE
 from small_model import Fails, load_small, tokens, wrap_on
 
@@ -212,7 +212,7 @@ INTERRUPTED = """
 import os, random, signal, sys, threading, time, warnings
 import torch, transformers, hybrimoe
 from hybrimoe import api
-from hybrimoe.runtime.device import EmulatedAccelerator
+from hybrimoe.runtime.devices.device import EmulatedAccelerator
 transformers.utils.logging.set_verbosity_error()
 model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], num_hidden_layers=3).eval()
 api.open_accelerator = lambda config: EmulatedAccelerator(bandwidth=2e9)

@@ -23,7 +23,7 @@ from hybrimoe import (
     ConfigError,
     UnsupportedModelError,
 )
-from hybrimoe.runtime.gguf_experts import ExpertsReader
+from hybrimoe.runtime.loading.gguf_experts import ExpertsReader
 from paths import TINY_MOE
 
 pytestmark = pytest.mark.filterwarnings("ignore:the experts were stored as")
@@ -224,7 +224,7 @@ def test_plain_numbers_beside_quantized_ones_are_rounded_to_int8(write_small, ca
 
 def spoil(folder: Path, change) -> None:
     """Change the first block of blk.1.ffn_up_exps.weight."""
-    from hybrimoe.runtime.gguf_check import read_gguf
+    from hybrimoe.runtime.loading.gguf_check import read_gguf
 
     path = folder / "model.gguf"
     at = read_gguf(path, folder).tensors["blk.1.ffn_up_exps.weight"].offset

@@ -17,7 +17,7 @@ from hybrimoe.policy.profiles import profile, shape
 from hybrimoe.policy.routing import Load
 from hybrimoe.policy.simulator import SimExecutor
 from hybrimoe.runtime import hybrid
-from hybrimoe.runtime.device import EmulatedAccelerator
+from hybrimoe.runtime.devices.device import EmulatedAccelerator
 from hybrimoe.runtime.guard import CHOSEN, Guard, Trial
 from paths import TINY_MOE
 

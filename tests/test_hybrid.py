@@ -17,7 +17,7 @@ from hybrimoe.errors import ConfigError, DeviceLostError, PlanError, PolicyError
 from hybrimoe.policy.cache import Move
 from hybrimoe.policy.presets import PRESETS
 from hybrimoe.policy.scheduler import Plan, Scheduler
-from hybrimoe.runtime.device import EmulatedAccelerator
+from hybrimoe.runtime.devices.device import EmulatedAccelerator
 
 TINY = Path(__file__).parent / "assets" / "tiny-moe"
 FLOOR = 12 / (12 * 32)  # one slot per layer

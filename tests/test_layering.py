@@ -21,10 +21,9 @@ ALLOWED = {
     "runtime": {"runtime", "policy", "kernels", "errors", "config"},
 }
 TORCHLESS = ("torch", "transformers", "accelerate", "safetensors")
-KNOW_TRANSFORMERS = {
-    *("hybrimoe.runtime.adapters", "hybrimoe.runtime.loading", "hybrimoe.runtime.skeleton"),
-    *("hybrimoe.runtime.converting", "hybrimoe.runtime.opening"),
-    "hybrimoe.runtime.gguf_file",
+KNOW_TRANSFORMERS = {"hybrimoe.runtime.adapters"} | {
+    f"hybrimoe.runtime.loading.{name}"
+    for name in ("quantizer", "skeleton", "converting", "opening", "gguf_file")
 }
 GPU_KERNELS = tuple(
     f"hybrimoe.kernels.{name}" for name in ("torch_pairs", "torch_experts", "triton_experts")

@@ -37,9 +37,10 @@ from hybrimoe import (
     UnsupportedModelError,
 )
 from hybrimoe.kernels.layout import expert_layout
-from hybrimoe.runtime import footprint, load_memory, tiers
-from hybrimoe.runtime.arrivals import Arrivals
-from hybrimoe.runtime.host import MARGIN, HostMemory
+from hybrimoe.runtime.loading import footprint, load_memory
+from hybrimoe.runtime.loading.arrivals import Arrivals
+from hybrimoe.runtime.loading.host import MARGIN, HostMemory
+from hybrimoe.runtime.storage import tiers
 from paths import TINY_MOE
 
 LOSSY = "ignore:the experts were stored as"
@@ -126,7 +127,7 @@ def test_per_expert_tensors_are_read_a_few_at_a_time_and_never_merged(monkeypatc
 
     monkeypatch.setattr(Arrivals, "stream", watched)
     monkeypatch.setattr(Arrivals, "accept", lambda *a: (merged.append(a[1]), accept(*a)))
-    monkeypatch.setattr("hybrimoe.runtime.arrivals.STAGING_BYTES", 3 * 2 * 32 * 64 * 2)
+    monkeypatch.setattr("hybrimoe.runtime.loading.arrivals.STAGING_BYTES", 3 * 2 * 32 * 64 * 2)
     loaded = hybrimoe.from_pretrained(small, weights="native")
 
     assert merged == []
@@ -517,7 +518,7 @@ print(json.dumps({
 
 INTERRUPTED = """
 import gc, signal
-from hybrimoe.runtime.arrivals import Arrivals
+from hybrimoe.runtime.loading.arrivals import Arrivals
 
 pack, count = Arrivals._pack, []
 

@@ -17,10 +17,10 @@ from hybrimoe import api
 from hybrimoe.policy.engine import Engine
 from hybrimoe.policy.prefetcher import Never, NextLayer
 from hybrimoe.runtime import intake, norms
-from hybrimoe.runtime.cuda import TorchAccelerator
-from hybrimoe.runtime.device import EmulatedAccelerator
+from hybrimoe.runtime.devices.cuda import TorchAccelerator
+from hybrimoe.runtime.devices.device import EmulatedAccelerator
+from hybrimoe.runtime.devices.transfer import Staging
 from hybrimoe.runtime.experts import PooledExperts
-from hybrimoe.runtime.transfer import Staging
 from paths import TINY_MOE
 
 LEAST = {1: 0.7, 2: 0.6, 3: 0.5}

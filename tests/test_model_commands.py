@@ -195,7 +195,7 @@ def test_generate_on_an_accelerator(capsys):
 
 def test_generate_refuses_what_does_not_fit_before_it_loads(capsys, monkeypatch):
     import hybrimoe.memory_plan
-    from hybrimoe.runtime.host import HostMemory
+    from hybrimoe.runtime.loading.host import HostMemory
 
     def never(*_, **__):
         pytest.fail("the model must not be loaded")

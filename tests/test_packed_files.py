@@ -22,9 +22,10 @@ from transformers.utils import logging
 import hybrimoe
 from hybrimoe import CheckpointError, Config, ConfigError, StorageError, WrappedModelError
 from hybrimoe.kernels.layout import expert_layout
-from hybrimoe.runtime import formats, opening, packed_files
+from hybrimoe.runtime import formats
 from hybrimoe.runtime.adapters import ExpertWeights
 from hybrimoe.runtime.experts import PooledExperts
+from hybrimoe.runtime.loading import opening, packed_files
 from hybrimoe.runtime.pool import allocate_blobs
 from paths import TINY_MOE
 from test_loading import assert_same_pool, edit, generate
@@ -399,7 +400,7 @@ PROCESS = """
 import os, sys
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 import transformers, hybrimoe
-from hybrimoe.runtime import packed_files
+from hybrimoe.runtime.loading import packed_files
 transformers.utils.logging.disable_progress_bar()
 model = hybrimoe.from_pretrained(sys.argv[1], weights="int4")
 """

@@ -23,8 +23,8 @@ from hybrimoe.errors import (
 )
 from hybrimoe.policy.cost import CostModel
 from hybrimoe.runtime.adapters import find_experts
-from hybrimoe.runtime.host import host_memory
-from hybrimoe.runtime.tracing import forward_memory, storage_bytes
+from hybrimoe.runtime.loading.host import host_memory
+from hybrimoe.runtime.loading.tracing import forward_memory, storage_bytes
 from hybrimoe.speed import expected_speed
 from paths import TINY_MOE
 

@@ -8,8 +8,8 @@ import pytest
 
 import hybrimoe
 from hybrimoe.report import LayerReport, Report
-from hybrimoe.runtime.device import EmulatedAccelerator
-from hybrimoe.runtime.memory import SPARE
+from hybrimoe.runtime.devices.device import EmulatedAccelerator
+from hybrimoe.runtime.devices.memory import SPARE
 from small_model import LAYERS, SLOT, Fails, load_small, tokens, wrap_on
 
 

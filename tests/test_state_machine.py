@@ -15,7 +15,7 @@ from hybrimoe.kernels.activations import NAMES, Gate
 from hybrimoe.kernels.layout import expert_layout
 from hybrimoe.kernels.moe import PackedLayer, Workspace, run_layer
 from hybrimoe.policy.presets import PRESETS
-from hybrimoe.runtime.device import EmulatedAccelerator
+from hybrimoe.runtime.devices.device import EmulatedAccelerator
 from hybrimoe.runtime.hybrid import Hybrid
 from hybrimoe.runtime.pool import ExpertPool
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from hybrimoe.pretrained import from_pretrained, save_packed
     from hybrimoe.report import Report
     from hybrimoe.runtime.adapters import ExpertWeights, register_adapter
-    from hybrimoe.runtime.calibration import calibrate
+    from hybrimoe.runtime.measuring.calibration import calibrate
     from hybrimoe.runtime.recording import record
     from hybrimoe.verification import Verification
 
@@ -91,7 +91,7 @@ _HOMES = {
     "hybrimoe.pretrained": ("from_pretrained", "save_packed"),
     "hybrimoe.report": ("Report",),
     "hybrimoe.runtime.adapters": ("ExpertWeights", "register_adapter"),
-    "hybrimoe.runtime.calibration": ("calibrate",),
+    "hybrimoe.runtime.measuring.calibration": ("calibrate",),
     "hybrimoe.runtime.recording": ("record",),
     "hybrimoe.verification": ("Verification",),
 }

@@ -28,19 +28,19 @@ from hybrimoe.policy.timeline import perfetto
 from hybrimoe.report import Report
 from hybrimoe.runtime import formats
 from hybrimoe.runtime.adapters import FoundExperts, find_experts, top_k_of
-from hybrimoe.runtime.cuda import TorchAccelerator
-from hybrimoe.runtime.device import Accelerator, EmulatedAccelerator
+from hybrimoe.runtime.devices.cuda import TorchAccelerator
+from hybrimoe.runtime.devices.device import Accelerator, EmulatedAccelerator
+from hybrimoe.runtime.devices.memory import kv_bytes
 from hybrimoe.runtime.experts import PooledExperts
 from hybrimoe.runtime.guards import Guards, refuse_copy, refuse_pickle
 from hybrimoe.runtime.hybrid import Hybrid
 from hybrimoe.runtime.linears import PackedLinear, find_linears
-from hybrimoe.runtime.load_memory import ensure_wrap_fits
-from hybrimoe.runtime.memory import kv_bytes
+from hybrimoe.runtime.loading.load_memory import ensure_wrap_fits
+from hybrimoe.runtime.measuring.stats import Stats
 from hybrimoe.runtime.pool import ExpertPool
 from hybrimoe.runtime.routers import seats_of
 from hybrimoe.runtime.shared_experts import EarlyExperts
-from hybrimoe.runtime.stats import Stats
-from hybrimoe.runtime.tiers import open_tier
+from hybrimoe.runtime.storage.tiers import open_tier
 from hybrimoe.verification import Verification, verify_layers
 
 logger = logging.getLogger("hybrimoe")

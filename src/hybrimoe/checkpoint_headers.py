@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrimoe.errors import CheckpointError, CheckpointNotFoundError
-from hybrimoe.runtime.checkpoints import (
+from hybrimoe.runtime.loading.checkpoints import (
     CONVERT,
     INDEX,
     WEIGHTS,
@@ -17,8 +17,8 @@ from hybrimoe.runtime.checkpoints import (
     examine_files,
     examine_folder,
 )
-from hybrimoe.runtime.packed_files import DENSE, read_manifest
-from hybrimoe.runtime.skeleton import first_line
+from hybrimoe.runtime.loading.packed_files import DENSE, read_manifest
+from hybrimoe.runtime.loading.skeleton import first_line
 
 
 @dataclass(frozen=True)

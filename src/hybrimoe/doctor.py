@@ -22,8 +22,8 @@ from hybrimoe.kernels.experts import run_experts
 from hybrimoe.kernels.moe import HOST_ISA
 from hybrimoe.kernels.threads import launch, usable_cores
 from hybrimoe.kernels.triton_experts import available as has_triton
-from hybrimoe.runtime.calibration import cpu_name
-from hybrimoe.runtime.host import host_memory, size_text
+from hybrimoe.runtime.loading.host import host_memory, size_text
+from hybrimoe.runtime.measuring.calibration import cpu_name
 
 MARKS = {"ok": "ok  ", "warn": "warn", "fail": "FAIL"}
 OLDEST, NEWEST = (5, 7), (6, 0)

@@ -15,9 +15,9 @@ from hybrimoe.config import WEIGHTS
 from hybrimoe.errors import ConfigError, InsufficientMemoryError, WrappedModelError
 from hybrimoe.placement import Budget, Placement, choose, nearest, place
 from hybrimoe.policy.sizes import parse_size
-from hybrimoe.runtime.footprint import Footprint, footprint_of
-from hybrimoe.runtime.host import MARGIN, HostMemory, host_memory, size_text
-from hybrimoe.runtime.skeleton import (
+from hybrimoe.runtime.loading.footprint import Footprint, footprint_of
+from hybrimoe.runtime.loading.host import MARGIN, HostMemory, host_memory, size_text
+from hybrimoe.runtime.loading.skeleton import (
     build_skeleton,
     kept_dtypes,
     packs_on_arrival,

@@ -261,8 +261,8 @@ def _announce_compiling(options: argparse.Namespace) -> None:
 def _check_room_for_both(options: argparse.Namespace, context: int) -> None:
     """Raise InsufficientMemoryError unless a plain and a wrapped copy fit together."""
     from hybrimoe.memory_plan import plan
-    from hybrimoe.runtime.host import ensure_host_fits
-    from hybrimoe.runtime.packed_files import read_manifest
+    from hybrimoe.runtime.loading.host import ensure_host_fits
+    from hybrimoe.runtime.loading.packed_files import read_manifest
 
     if read_manifest(Path(options.name)) is not None:
         raise ConfigError(
@@ -281,7 +281,7 @@ def _tokenizer(name: str) -> Any:
     try:
         found = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
-        from hybrimoe.runtime.skeleton import first_line
+        from hybrimoe.runtime.loading.skeleton import first_line
 
         raise ConfigError(f"NAME has no tokenizer that can be read: {first_line(error)}") from error
     # Where the files are missing, transformers makes up a tokenizer that knows no text.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from hybrimoe.runtime import memory
-from hybrimoe.runtime.footprint import Footprint
-from hybrimoe.runtime.host import HostMemory, size_text
+from hybrimoe.runtime.devices import memory
+from hybrimoe.runtime.loading.footprint import Footprint
+from hybrimoe.runtime.loading.host import HostMemory, size_text
 
 SHORTEST = 256
 """Tokens of context below which a model that "fits" is of no use."""

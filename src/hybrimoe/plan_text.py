@@ -6,7 +6,7 @@ import html
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from hybrimoe.runtime.host import size_text
+from hybrimoe.runtime.loading.host import size_text
 
 if TYPE_CHECKING:
     from hybrimoe.memory_plan import MemoryPlan

@@ -13,7 +13,7 @@ from torch import nn
 from hybrimoe.api import Runtime, complete
 from hybrimoe.config import Config
 from hybrimoe.errors import ConfigError, WrappedModelError
-from hybrimoe.runtime.packed_files import save
+from hybrimoe.runtime.loading.packed_files import save
 
 
 def from_pretrained(
@@ -32,7 +32,7 @@ def from_pretrained(
     fields = {field.name for field in dataclasses.fields(Config)}
     ours = {name: hf_kwargs.pop(name) for name in fields & hf_kwargs.keys()}
     # Half of transformers comes with it, too much for `import hybrimoe`.
-    from hybrimoe.runtime.opening import load
+    from hybrimoe.runtime.loading.opening import load
 
     config = (config or Config()).replace(**ours)
     return load(name_or_path, config, "weights" in ours, hf_kwargs)
@@ -50,7 +50,7 @@ def save_packed(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         raise WrappedModelError(
             "save_packed needs a wrapped model; call hybrimoe.wrap(model) first"
         )
-    from hybrimoe.runtime.loading import bytes_bar
+    from hybrimoe.runtime.loading.quantizer import bytes_bar
 
     total = sum(layer.packed.blobs.nbytes for layer in runtime.layers)
     with ExitStack() as shown:
@@ -66,7 +66,7 @@ def save_packed(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 def make_known() -> None:
     """Let transformers take a `Config` as its `quantization_config`; again changes nothing."""
-    from hybrimoe.runtime.loading import register
+    from hybrimoe.runtime.loading.quantizer import register
 
     register(_start, _finish)
 

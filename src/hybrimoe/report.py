@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hybrimoe.config import Config
-    from hybrimoe.runtime.disk import DiskTier
     from hybrimoe.runtime.experts import PooledExperts
     from hybrimoe.runtime.hybrid import Hybrid
-    from hybrimoe.runtime.stats import Stats
+    from hybrimoe.runtime.measuring.stats import Stats
+    from hybrimoe.runtime.storage.disk import DiskTier
 
 
 NAMES = {"CPU": "CPU", "GPU": "accelerator", "LINK": "link", "POLICY": "policies"}

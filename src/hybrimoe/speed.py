@@ -13,9 +13,9 @@ from hybrimoe.policy.profiles import SHAPES
 from hybrimoe.policy.simulator import simulate
 from hybrimoe.policy.synthesis import synthesise
 from hybrimoe.runtime import formats
-from hybrimoe.runtime.calibration import Subject, fingerprint, stand_in
-from hybrimoe.runtime.calibration_cache import kept
-from hybrimoe.runtime.footprint import Footprint
+from hybrimoe.runtime.loading.footprint import Footprint
+from hybrimoe.runtime.measuring.calibration import Subject, fingerprint, stand_in
+from hybrimoe.runtime.measuring.calibration_cache import kept
 
 TOKENS = 48
 """Decoded tokens of made-up routing that a plan with a GPU is replayed on."""

@@ -9,7 +9,7 @@ import torch
 from tiny_gpu_models import make_model, nmse, on_gpu, outputs, wrapped
 
 from hybrimoe.errors import InsufficientMemoryError
-from hybrimoe.runtime.cuda import TorchAccelerator
+from hybrimoe.runtime.devices.cuda import TorchAccelerator
 
 pytestmark = on_gpu
 

@@ -7,7 +7,7 @@ from tiny_gpu_models import make_model, nmse, on_gpu, outputs, wrapped
 import hybrimoe
 from hybrimoe.kernels import torch_experts, triton_experts
 from hybrimoe.policy.presets import PRESETS
-from hybrimoe.runtime.cuda import TorchAccelerator
+from hybrimoe.runtime.devices.cuda import TorchAccelerator
 
 pytestmark = on_gpu
 KERNELS = {"triton": triton_experts, "torch": torch_experts}

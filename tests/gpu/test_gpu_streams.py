@@ -5,7 +5,7 @@ import torch
 from tiny_gpu_models import Racing, make_model, on_gpu, outputs, wrapped
 
 from hybrimoe.kernels import triton_experts
-from hybrimoe.runtime.cuda import TorchAccelerator
+from hybrimoe.runtime.devices.cuda import TorchAccelerator
 
 pytestmark = on_gpu
 

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import hybrimoe
 from hybrimoe import api
-from hybrimoe.runtime.cuda import TorchAccelerator
+from hybrimoe.runtime.devices.cuda import TorchAccelerator
 
 on_gpu = [
     pytest.mark.gpu,

@@ -120,8 +120,8 @@ MUTATIONS = (
     Mutation(
         "read the wrong expert",
         "kernels/experts.py",
-        "            at = place[e] * layout.expert_bytes + s * layout.shard_bytes\n            gate_up_tile",
-        "            at = s * layout.shard_bytes\n            gate_up_tile",
+        "place[e] * layout.expert_bytes + s * layout.shard_bytes\n            gate_up_tile",
+        "s * layout.shard_bytes\n            gate_up_tile",
         "tests/test_wrap.py",
     ),
     Mutation(

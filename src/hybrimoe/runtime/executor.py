@@ -23,11 +23,11 @@ from hybrimoe.policy.routing import Forecast, Load
 from hybrimoe.policy.scheduler import Plan
 from hybrimoe.policy.simulator import SimExecutor
 from hybrimoe.policy.timeline import Lane, Span, Timeline
-from hybrimoe.runtime.device import Accelerator
-from hybrimoe.runtime.disk import Job
+from hybrimoe.runtime.devices.device import Accelerator
 from hybrimoe.runtime.intake import Call
-from hybrimoe.runtime.meter import Meter
+from hybrimoe.runtime.measuring.meter import Meter
 from hybrimoe.runtime.pool import ExpertPool
+from hybrimoe.runtime.storage.disk import Job
 
 
 class Running(NamedTuple):

@@ -15,12 +15,12 @@ from hybrimoe.kernels.layout import expert_layout
 from hybrimoe.kernels.moe import PackedLayer, run_layer
 from hybrimoe.runtime import formats, opaque
 from hybrimoe.runtime.adapters import ExpertWeights, FoundExperts
-from hybrimoe.runtime.disk import Job
 from hybrimoe.runtime.guards import refuse_copy, refuse_load, refuse_move, refuse_pickle
 from hybrimoe.runtime.hybrid import Hybrid
+from hybrimoe.runtime.measuring.stats import Stats
 from hybrimoe.runtime.pool import ExpertPool, allocate_blobs, checksum
 from hybrimoe.runtime.shared_experts import EarlyExperts
-from hybrimoe.runtime.stats import Stats
+from hybrimoe.runtime.storage.disk import Job
 
 
 class PooledExperts(nn.Module):

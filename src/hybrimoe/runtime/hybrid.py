@@ -22,14 +22,14 @@ from hybrimoe.policy.forecaster import Markov
 from hybrimoe.policy.presets import preset
 from hybrimoe.policy.routing import Forecast, Load
 from hybrimoe.policy.timeline import Lane, Span, Timeline
-from hybrimoe.runtime.calibration import calibrated, pooled_subject, stand_in
-from hybrimoe.runtime.device import Accelerator
+from hybrimoe.runtime.devices.device import Accelerator
+from hybrimoe.runtime.devices.memory import Experts, SlotMemory, reserve, slot_count
+from hybrimoe.runtime.devices.pinning import Pinned
 from hybrimoe.runtime.executor import TorchExecutor
 from hybrimoe.runtime.guard import DECODE, Guard
 from hybrimoe.runtime.intake import Intake
-from hybrimoe.runtime.memory import Experts, SlotMemory, reserve, slot_count
-from hybrimoe.runtime.meter import Step
-from hybrimoe.runtime.pinning import Pinned
+from hybrimoe.runtime.measuring.calibration import calibrated, pooled_subject, stand_in
+from hybrimoe.runtime.measuring.meter import Step
 from hybrimoe.runtime.pool import ExpertPool
 
 ENDING = (Lane.CPU, Lane.GPU, Lane.LINK)

@@ -18,9 +18,9 @@ from hybrimoe.policy.router_output import (
     read_load,
 )
 from hybrimoe.policy.routing import Forecast, Load
-from hybrimoe.runtime.device import Accelerator
+from hybrimoe.runtime.devices.device import Accelerator
+from hybrimoe.runtime.devices.transfer import Slab
 from hybrimoe.runtime.routers import Seat, look_ahead
-from hybrimoe.runtime.transfer import Slab
 
 
 class Call(NamedTuple):

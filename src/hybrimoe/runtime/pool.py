@@ -12,7 +12,7 @@ from hybrimoe.kernels.layout import Layout
 from hybrimoe.kernels.moe import PackedLayer, Workspace
 
 if TYPE_CHECKING:
-    from hybrimoe.runtime.disk import DiskTier
+    from hybrimoe.runtime.storage.disk import DiskTier
 
 ON_DISK = np.full((), 0xFF, np.uint8)
 """What a layer on disk shows for its bytes: it takes no memory, and as numbers they are NaN."""

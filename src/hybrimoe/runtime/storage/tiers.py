@@ -8,9 +8,9 @@ from hybrimoe.config import Config
 from hybrimoe.kernels.layout import expert_layout
 from hybrimoe.runtime import formats
 from hybrimoe.runtime.adapters import FoundExperts, find_experts, top_k_of
-from hybrimoe.runtime.backing import Backing
-from hybrimoe.runtime.disk import DiskTier
-from hybrimoe.runtime.tier_sizes import tier_sizes
+from hybrimoe.runtime.storage.backing import Backing
+from hybrimoe.runtime.storage.disk import DiskTier
+from hybrimoe.runtime.storage.tier_sizes import tier_sizes
 
 
 def open_tier(config: Config, model: nn.Module) -> DiskTier | None:

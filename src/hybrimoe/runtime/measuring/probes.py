@@ -15,7 +15,7 @@ import torch
 from hybrimoe.errors import InsufficientMemoryError
 from hybrimoe.kernels.moe import PackedLayer, Workspace, run_layer
 from hybrimoe.policy.fitting import Sample
-from hybrimoe.runtime.device import Accelerator
+from hybrimoe.runtime.devices.device import Accelerator
 from hybrimoe.runtime.pool import allocate_blobs
 
 EXPERTS = (1, 2, 4, 8)

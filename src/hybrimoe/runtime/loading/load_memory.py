@@ -12,11 +12,11 @@ from torch import nn
 
 from hybrimoe.config import WEIGHTS
 from hybrimoe.runtime.adapters import FoundExperts, top_k_of
-from hybrimoe.runtime.footprint import Footprint, footprint_to_load
-from hybrimoe.runtime.host import MARGIN, ensure_host_fits, host_memory
-from hybrimoe.runtime.skeleton import kept_dtypes, packs_on_arrival
-from hybrimoe.runtime.tier_sizes import TierSizes, tier_sizes
-from hybrimoe.runtime.tiers import shape_of
+from hybrimoe.runtime.loading.footprint import Footprint, footprint_to_load
+from hybrimoe.runtime.loading.host import MARGIN, ensure_host_fits, host_memory
+from hybrimoe.runtime.loading.skeleton import kept_dtypes, packs_on_arrival
+from hybrimoe.runtime.storage.tier_sizes import TierSizes, tier_sizes
+from hybrimoe.runtime.storage.tiers import shape_of
 
 Size = int | float | str | None
 MIB = 1 << 20

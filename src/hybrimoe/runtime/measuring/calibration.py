@@ -21,12 +21,12 @@ from hybrimoe.policy.cost import CostModel
 from hybrimoe.policy.fitting import fit_contended, fit_cpu, fit_gpu, fit_link, misfit
 from hybrimoe.policy.profiles import Shape, profile
 from hybrimoe.policy.profiles import shape as shape_by_model
-from hybrimoe.runtime import probes
 from hybrimoe.runtime.adapters import ExpertWeights
-from hybrimoe.runtime.calibration_cache import Measured, cached
-from hybrimoe.runtime.cuda import TorchAccelerator
-from hybrimoe.runtime.device import Accelerator
+from hybrimoe.runtime.devices.cuda import TorchAccelerator
+from hybrimoe.runtime.devices.device import Accelerator
 from hybrimoe.runtime.formats import pack
+from hybrimoe.runtime.measuring import probes
+from hybrimoe.runtime.measuring.calibration_cache import Measured, cached
 from hybrimoe.runtime.pool import ExpertPool, allocate_blobs
 
 DEFAULT_SHAPE = "qwen3-30b-a3b"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from hybrimoe.errors import CheckpointError
-from hybrimoe.runtime.checkpoints import check_file, check_tensor_name
+from hybrimoe.runtime.loading.checkpoints import check_file, check_tensor_name
 
 LARGEST_HEADER = 256 << 20
 LARGEST_STRING = 1 << 20

@@ -28,11 +28,11 @@ from hybrimoe.errors import (
     ConfigError,
     UnsupportedModelError,
 )
-from hybrimoe.runtime import gguf_experts
-from hybrimoe.runtime.arrivals import STAGING_BYTES, Arrivals
-from hybrimoe.runtime.gguf_check import ArrayLength, GgufHeader, GgufTensor, read_gguf
-from hybrimoe.runtime.reading import read_at
-from hybrimoe.runtime.skeleton import build_skeleton, first_line
+from hybrimoe.runtime.loading import gguf_experts
+from hybrimoe.runtime.loading.arrivals import STAGING_BYTES, Arrivals
+from hybrimoe.runtime.loading.gguf_check import ArrayLength, GgufHeader, GgufTensor, read_gguf
+from hybrimoe.runtime.loading.reading import read_at
+from hybrimoe.runtime.loading.skeleton import build_skeleton, first_line
 
 FAMILIES = {"qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe"}
 """Architectures that transformers maps, changing no number on the way: their `model_type`."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from hybrimoe.policy.cost import CostModel
 from hybrimoe.policy.timeline import Lane, Span
-from hybrimoe.runtime.device import Accelerator
+from hybrimoe.runtime.devices.device import Accelerator
 
 RECENT = 2000  # spans kept to refine the costs by
 WAITED = 0.05  # of a step: a shorter wait for the accelerator counts as none

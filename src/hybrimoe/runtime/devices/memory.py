@@ -16,7 +16,7 @@ from hybrimoe.policy.presets import preset
 from hybrimoe.policy.routing import Forecast, Load
 from hybrimoe.policy.scheduler import Plan
 from hybrimoe.policy.sizes import expert_budget
-from hybrimoe.runtime.device import Accelerator
+from hybrimoe.runtime.devices.device import Accelerator
 from hybrimoe.runtime.executor import TorchExecutor
 
 T = TypeVar("T")

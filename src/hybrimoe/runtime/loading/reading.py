@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hybrimoe.errors import CheckpointError
-from hybrimoe.runtime.checkpoints import Catalogue, StoredTensor
+from hybrimoe.runtime.loading.checkpoints import Catalogue, StoredTensor
 
 DTYPES = {
     "BF16": torch.bfloat16,

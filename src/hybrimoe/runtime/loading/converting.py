@@ -14,8 +14,8 @@ from transformers.core_model_loading import (
 )
 
 from hybrimoe.errors import CheckpointError
-from hybrimoe.runtime.arrivals import Arrivals
-from hybrimoe.runtime.reading import Reader
+from hybrimoe.runtime.loading.arrivals import Arrivals
+from hybrimoe.runtime.loading.reading import Reader
 
 
 class Unchanged(ConversionOps):  # type: ignore[misc]

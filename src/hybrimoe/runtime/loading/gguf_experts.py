@@ -21,10 +21,10 @@ from torch import Tensor
 from hybrimoe.errors import CheckpointError, UnsupportedModelError
 from hybrimoe.kernels import ggml
 from hybrimoe.kernels.threads import launch
-from hybrimoe.runtime.arrivals import STAGING_BYTES, Arrivals
 from hybrimoe.runtime.experts import PooledExperts
-from hybrimoe.runtime.gguf_check import GgufHeader, GgufTensor
-from hybrimoe.runtime.reading import bytes_of, read_at
+from hybrimoe.runtime.loading.arrivals import STAGING_BYTES, Arrivals
+from hybrimoe.runtime.loading.gguf_check import GgufHeader, GgufTensor
+from hybrimoe.runtime.loading.reading import bytes_of, read_at
 
 logger = logging.getLogger("hybrimoe")
 MATRICES = ("gate", "up", "down")

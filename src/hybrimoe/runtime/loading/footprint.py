@@ -13,8 +13,8 @@ from hybrimoe.kernels.moe import LONGEST
 from hybrimoe.kernels.rows import activation_bytes
 from hybrimoe.runtime import formats
 from hybrimoe.runtime.adapters import FoundExperts, find_experts, top_k_of
-from hybrimoe.runtime.arrivals import STAGING_BYTES
-from hybrimoe.runtime.tracing import ForwardMemory, forward_memory
+from hybrimoe.runtime.loading.arrivals import STAGING_BYTES
+from hybrimoe.runtime.loading.tracing import ForwardMemory, forward_memory
 
 SLACK = 1.8
 """What a pass takes over the tensors it makes: kernels reorder keys, values and weights into scratch

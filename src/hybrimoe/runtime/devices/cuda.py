@@ -16,7 +16,7 @@ from hybrimoe.errors import DeviceLostError, HybriMoEError, InsufficientMemoryEr
 from hybrimoe.kernels import torch_experts, triton_experts
 from hybrimoe.kernels.moe import PackedLayer
 from hybrimoe.kernels.torch_pairs import Slots, pairs_of
-from hybrimoe.runtime.transfer import Staging
+from hybrimoe.runtime.devices.transfer import Staging
 
 
 class Work(NamedTuple):

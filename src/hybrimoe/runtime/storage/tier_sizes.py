@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from hybrimoe.errors import ConfigError
 from hybrimoe.policy.sizes import parse_size
-from hybrimoe.runtime.backing import padded
+from hybrimoe.runtime.storage.backing import padded
 
 
 class TierSizes(NamedTuple):

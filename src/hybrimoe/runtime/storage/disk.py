@@ -27,10 +27,10 @@ from hybrimoe.policy.forecaster import Markov, Trust
 from hybrimoe.policy.ranking import NextToken
 from hybrimoe.policy.routing import Forecast, Load
 from hybrimoe.policy.timeline import Lane, Span, Timeline
-from hybrimoe.runtime.backing import Backing
 from hybrimoe.runtime.pool import allocate
-from hybrimoe.runtime.reader import Read, Reader
-from hybrimoe.runtime.tier_sizes import TierSizes
+from hybrimoe.runtime.storage.backing import Backing
+from hybrimoe.runtime.storage.reader import Read, Reader
+from hybrimoe.runtime.storage.tier_sizes import TierSizes
 
 LEAST = 0.35
 """A forecast less probable than this is not worth a read, which may hold up one that is waited for."""

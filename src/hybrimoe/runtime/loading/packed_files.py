@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from hybrimoe.errors import CheckpointError, StorageError
 from hybrimoe.kernels.threads import usable_cores
 from hybrimoe.policy.cost import write_atomically
-from hybrimoe.runtime.checkpoints import check_file, parse_json, read_header
 from hybrimoe.runtime.experts import PooledExperts
+from hybrimoe.runtime.loading.checkpoints import check_file, parse_json, read_header
+from hybrimoe.runtime.loading.reading import read_at
 from hybrimoe.runtime.pool import checksum
-from hybrimoe.runtime.reading import read_at
 
 MANIFEST, DENSE, LOCK = "hybrimoe.json", "dense.safetensors", ".hybrimoe.lock"
 PREFIX = "packed-"

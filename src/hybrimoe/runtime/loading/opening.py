@@ -17,11 +17,11 @@ from hybrimoe.errors import (
     ConfigError,
     UnsupportedModelError,
 )
-from hybrimoe.runtime.checkpoints import CONVERT, INDEX, examine_folder, read_index
-from hybrimoe.runtime.load_memory import ensure_fits
-from hybrimoe.runtime.loading import PackedConfig, check_device_map
-from hybrimoe.runtime.packed_files import DENSE, check_dense, read_manifest
-from hybrimoe.runtime.skeleton import build_skeleton, first_line, weight_dtype
+from hybrimoe.runtime.loading.checkpoints import CONVERT, INDEX, examine_folder, read_index
+from hybrimoe.runtime.loading.load_memory import ensure_fits
+from hybrimoe.runtime.loading.packed_files import DENSE, check_dense, read_manifest
+from hybrimoe.runtime.loading.quantizer import PackedConfig, check_device_map
+from hybrimoe.runtime.loading.skeleton import build_skeleton, first_line, weight_dtype
 
 REFUSED = {
     "quantization_config": "hybrimoe's own is given by config=",
@@ -59,7 +59,7 @@ def load(
         raise CheckpointError(f"use_safetensors=False asks for pickles: {CONVERT}")
     check_device_map(hf_kwargs.get("device_map"))
     if hf_kwargs.get("gguf_file") is not None:
-        from hybrimoe.runtime.gguf_file import load_gguf  # an extra
+        from hybrimoe.runtime.loading.gguf_file import load_gguf  # an extra
 
         return load_gguf(name, config, is_format_given, hf_kwargs)
     folder = Path(name)

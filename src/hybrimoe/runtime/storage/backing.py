@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 
 from hybrimoe.errors import ConfigError, DiskReadError, StorageError
-from hybrimoe.runtime.reading import read_at
+from hybrimoe.runtime.loading.reading import read_at
 
 PAGE = 4096
 """Offsets, sizes and memory of a direct read are multiples of this on every disk."""

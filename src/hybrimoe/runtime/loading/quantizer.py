@@ -26,13 +26,13 @@ from hybrimoe.config import Config
 from hybrimoe.errors import CheckpointError, ConfigError, UnsupportedModelError
 from hybrimoe.runtime import formats
 from hybrimoe.runtime.adapters import FoundExperts, find_experts
-from hybrimoe.runtime.arrivals import Arrivals
-from hybrimoe.runtime.checkpoints import examine_files
-from hybrimoe.runtime.converting import PackingConverter
 from hybrimoe.runtime.experts import PooledExperts
-from hybrimoe.runtime.load_memory import ensure_fits, own_memory
-from hybrimoe.runtime.packed_files import fill
-from hybrimoe.runtime.reading import Reader
+from hybrimoe.runtime.loading.arrivals import Arrivals
+from hybrimoe.runtime.loading.checkpoints import examine_files
+from hybrimoe.runtime.loading.converting import PackingConverter
+from hybrimoe.runtime.loading.load_memory import ensure_fits, own_memory
+from hybrimoe.runtime.loading.packed_files import fill
+from hybrimoe.runtime.loading.reading import Reader
 
 METHOD = "hybrimoe"
 """What `Config.quant_method` says."""

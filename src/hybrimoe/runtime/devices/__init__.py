@@ -1,0 +1,1 @@
+"""Accelerators, real and emulated: their memory, streams and transfers."""

@@ -1,0 +1,1 @@
+"""What things take: calibration of a machine, measured lanes, counters."""
