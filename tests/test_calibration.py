@@ -27,6 +27,7 @@ from hybrimoe.runtime import hybrid
 from hybrimoe.runtime.devices.device import EmulatedAccelerator
 from hybrimoe.runtime.measuring import calibration, calibration_cache, probes
 from hybrimoe.runtime.measuring.calibration import Subject, fingerprint, measure, stand_in
+from hybrimoe.runtime.pool import ExpertPool
 
 LATENCY_S, LINK = 10e-6, 2e9
 FIRST_S, READ_S, TOKEN_S, LAUNCH_S = 50e-6, 30e-6, 3e-6, 5e-6
@@ -321,3 +322,14 @@ def test_the_command_writes_what_the_simulator_reads(capsys, tmp_path):
     assert "shipped desktop profile" in text
     with pytest.raises(SystemExit):
         main(["calibrate", "--threads", "0"])
+
+
+def test_experts_on_the_disk_are_measured_on_random_ones_of_their_layout(monkeypatch):
+    monkeypatch.setattr(probes, "ROTATED", 1 << 16)
+    pool, layout = ExpertPool(), expert_layout("int4", 64, 64, True, False)
+    placeholders = np.full((4, layout.expert_bytes), 0xFF, np.uint8)
+    pool.add(PackedLayer("int4", layout, Gate(0), 64, placeholders))
+    pool.tier = object()
+    subject = calibration.pooled_subject(pool)
+    assert subject.layout == layout
+    assert all((found.blobs != 0xFF).any() for found in subject.make())

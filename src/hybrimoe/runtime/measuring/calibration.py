@@ -116,6 +116,11 @@ def pooled_subject(pool: ExpertPool) -> Subject:
     """The layers of a pool that share the largest expert's layout."""
     layers = [layer for layer in pool.layers if layer is not None]
     largest = max(layers, key=lambda layer: layer.layout.expert_bytes)
+    if pool.tier is not None:  # its layers are placeholders of experts on the disk
+        like = Shape(largest.hidden, largest.layout.inner, 0)
+        return Subject(
+            largest.fmt, largest.layout, lambda: [_random_layer(largest.fmt, largest.layout, like)]
+        )
     equal = [layer for layer in layers if layer.layout == largest.layout]
     return Subject(largest.fmt, largest.layout, lambda: equal)
 
