@@ -18,6 +18,7 @@ from hybrimoe.policy.cache import Move
 from hybrimoe.policy.presets import PRESETS
 from hybrimoe.policy.scheduler import Plan, Scheduler
 from hybrimoe.runtime.devices.device import EmulatedAccelerator
+from hybrimoe.runtime.executor import OUTSTANDING
 
 TINY = Path(__file__).parent / "assets" / "tiny-moe"
 FLOOR = 12 / (12 * 32)  # one slot per layer
@@ -233,3 +234,57 @@ def test_deterministic_placement_and_output_do_not_depend_on_timing(monkeypatch,
         results.append((generated.tolist(), [(span.lane, span.what) for span in predicted]))
         hybrimoe.unwrap(model)
     assert all(result == results[0] for result in results)
+
+
+class Diary(EmulatedAccelerator):
+    """Remembers in which order it was given copies and launches."""
+
+    def __init__(self):
+        super().__init__()
+        self.given = []
+
+    def copy(self, *args):
+        self.given.append("copy")
+        return super().copy(*args)
+
+    def experts(self, *args):
+        self.given.append("launch")
+        return super().experts(*args)
+
+
+def test_a_long_prompt_computes_its_first_experts_while_others_are_on_the_wire(
+    monkeypatch, model, tokenizer
+):
+    diary = Diary()
+    wrap_on(monkeypatch, model, diary, vram=FLOOR, preset="ondemand")
+    prompt = tokenizer("import os\n" * 100, return_tensors="pt")
+    diary.given.clear()
+    with torch.no_grad():
+        model(**prompt)
+    between = "".join(name[0] for name in diary.given).strip("c").strip("l")
+    assert between.count("lc") > 3 * 12  # launches between copies, in each of the 12 layers
+
+
+def test_a_prompt_copies_only_experts_that_some_token_uses(monkeypatch, model, tokenizer):
+    wrap_on(monkeypatch, model, EmulatedAccelerator(), vram=FLOOR, preset="ondemand")
+    prompt = tokenizer("x", return_tensors="pt")
+    model.hybrimoe.reset_stats()
+    with torch.no_grad():
+        model(**prompt)
+    counts = model.hybrimoe.stats()["hybrid"]
+    assert 0 < counts["uploads"] <= counts["misses"]
+
+
+def test_a_long_prompt_keeps_few_partial_sums_at_once(monkeypatch, model, tokenizer):
+    wrap_on(monkeypatch, model, Diary(), vram=FLOOR, preset="ondemand")
+    executor = model.hybrimoe.hybrid.executor
+    join, kept = executor.join, []
+
+    def counting(timeline):
+        kept.append(len(executor._running.launches))
+        join(timeline)
+
+    monkeypatch.setattr(executor, "join", counting)
+    with torch.no_grad():
+        model(**tokenizer("import os\n" * 100, return_tensors="pt"))
+    assert 1 < max(kept) <= OUTSTANDING
