@@ -8,7 +8,8 @@ import numpy as np
 from hybrimoe.kernels.activations import NAMES, Gate
 from hybrimoe.kernels.layout import expert_layout
 from hybrimoe.kernels.moe import PackedLayer, Workspace, run_layer
-from hybrimoe.runtime.storage.disk import DiskTier, Job
+from hybrimoe.runtime.storage.disk import DiskTier
+from hybrimoe.runtime.storage.job import Job
 from hybrimoe.runtime.storage.tier_sizes import TierSizes
 
 LAYERS, EXPERTS, TOP_K, D, F = 3, 8, 2, 32, 32

@@ -27,7 +27,7 @@ from hybrimoe.runtime.devices.device import Accelerator
 from hybrimoe.runtime.intake import Call
 from hybrimoe.runtime.measuring.meter import Meter
 from hybrimoe.runtime.pool import ExpertPool
-from hybrimoe.runtime.storage.disk import Job
+from hybrimoe.runtime.storage.job import Job
 
 
 class Running(NamedTuple):

@@ -20,7 +20,7 @@ from hybrimoe.runtime.hybrid import Hybrid
 from hybrimoe.runtime.measuring.stats import Stats
 from hybrimoe.runtime.pool import ExpertPool, allocate_blobs, checksum
 from hybrimoe.runtime.shared_experts import EarlyExperts
-from hybrimoe.runtime.storage.disk import Job
+from hybrimoe.runtime.storage.job import Job
 
 
 class PooledExperts(nn.Module):

@@ -15,13 +15,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
 
 from hybrimoe.errors import ConfigError, PolicyError
-from hybrimoe.kernels.moe import PackedLayer, Workspace, run_layer
+from hybrimoe.kernels.moe import run_layer
 from hybrimoe.policy.cache import Cache, Move
 from hybrimoe.policy.forecaster import Markov, Trust
 from hybrimoe.policy.ranking import NextToken
@@ -29,6 +28,7 @@ from hybrimoe.policy.routing import Forecast, Load
 from hybrimoe.policy.timeline import Lane, Span, Timeline
 from hybrimoe.runtime.pool import allocate
 from hybrimoe.runtime.storage.backing import Backing
+from hybrimoe.runtime.storage.job import Job, in_float32, load_of, narrow, shards_of
 from hybrimoe.runtime.storage.reader import Read, Reader
 from hybrimoe.runtime.storage.tier_sizes import TierSizes
 
@@ -37,21 +37,6 @@ LEAST = 0.35
 AHEAD = 8
 """Reads ordered on forecasts at a time."""
 NOTHING = (-1, -1, -1)
-
-
-class Job(NamedTuple):
-    """One layer to compute: the arguments of `run_layer`."""
-
-    number: int
-    layer: PackedLayer
-    x: np.ndarray
-    ids: np.ndarray
-    weights: np.ndarray
-    out: np.ndarray
-    workspace: Workspace
-    dtype: str = "float32"
-    threads: int | None = None
-    shards: np.ndarray | None = None
 
 
 class DiskTier:
@@ -387,41 +372,3 @@ class DiskTier:
         for slot in self._reads:
             self.cache.arrival[slot] = 0.0
         self._reads.clear()
-
-
-def load_of(job: Job) -> Load:
-    """What a call asks for: the experts with shards to compute here."""
-    ids = job.ids.reshape(-1)
-    tokens = np.bincount(ids, minlength=job.layer.experts)
-    scores = np.bincount(ids, job.weights.reshape(-1), job.layer.experts)
-    if job.shards is not None:
-        tokens[job.shards[:, 0] >= job.shards[:, 1]] = 0
-    experts = np.flatnonzero(tokens)
-    return Load(
-        job.number,
-        experts.astype(np.int32),
-        tokens[experts].astype(np.int32),
-        scores.astype(np.float32),
-    )
-
-
-def shards_of(job: Job, part: list[int]) -> np.ndarray:
-    """[E, 2] the shards to compute if only some experts have their turn."""
-    shards = np.zeros((job.layer.experts, 2), np.int32)
-    shards[part] = (0, job.layer.layout.shards) if job.shards is None else job.shards[part]
-    return shards
-
-
-def in_float32(job: Job) -> Job:
-    """The same job with sums that can be gone on with."""
-    if job.dtype == "float32":
-        return job
-    x = torch.from_numpy(job.x).view(getattr(torch, job.dtype)).float().numpy()
-    return job._replace(x=x, out=np.empty(x.shape, np.float32), dtype="float32")
-
-
-def narrow(total: np.ndarray, job: Job) -> None:
-    """What `in_float32` has led to, rounded into the job's own output."""
-    if total is not job.out:
-        out = torch.from_numpy(job.out).view(getattr(torch, job.dtype))
-        out.copy_(torch.from_numpy(total))
