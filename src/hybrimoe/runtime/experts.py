@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from hybrimoe.kernels.layout import expert_layout
 from hybrimoe.kernels.moe import PackedLayer, run_layer
 from hybrimoe.runtime import formats, opaque
 from hybrimoe.runtime.adapters import ExpertWeights, FoundExperts
-from hybrimoe.runtime.guards import refuse_copy, refuse_load, refuse_move, refuse_pickle
+from hybrimoe.runtime.guards import Rooted
 from hybrimoe.runtime.hybrid import Hybrid
 from hybrimoe.runtime.measuring.stats import Stats
 from hybrimoe.runtime.pool import ExpertPool, allocate_blobs, checksum
@@ -23,7 +23,7 @@ from hybrimoe.runtime.shared_experts import EarlyExperts
 from hybrimoe.runtime.storage.job import Job
 
 
-class PooledExperts(nn.Module):
+class PooledExperts(Rooted):
     """Computes `experts(hidden_states, ids, weights)` from the pool.
 
     The original module is kept aside, with empty parameters, and comes back by `restore`.
@@ -174,23 +174,10 @@ class PooledExperts(nn.Module):
                 ) from None
             return getattr(self.__dict__["original"], name)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> PooledExperts:
-        refuse_move(fn, self.dtype)
-        return super()._apply(fn, recurse)  # type: ignore[no-any-return]
-
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, tensor in self.unpacked().items():
             destination[prefix + name] = tensor
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
-        refuse_load()
-
-    def __deepcopy__(self, memo: Any) -> NoReturn:
-        refuse_copy()
-
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        refuse_pickle()
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""

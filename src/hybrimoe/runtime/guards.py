@@ -41,6 +41,25 @@ class Guards:
             hook.remove()
 
 
+class Rooted(nn.Module):
+    """A module whose weights live in memory of ours: it cannot be moved, loaded, copied or pickled."""
+
+    dtype: torch.dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rooted:
+        refuse_move(fn, self.dtype)
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return,no-untyped-call]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        refuse_load()
+
+    def __deepcopy__(self, memo: Any) -> NoReturn:
+        refuse_copy()
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        refuse_pickle()
+
+
 def refuse_move(fn: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
     """Raise if `fn`, given by `.to()`, `.half()` or `.cuda()`, would leave the experts behind."""
     probe = torch.empty(0, dtype=dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, NoReturn, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from hybrimoe.kernels.activations import Gate
 from hybrimoe.kernels.linear import LinearWorkspace, PackedMatrix, matrix_layout, run_linear
 from hybrimoe.runtime import formats, opaque
 from hybrimoe.runtime.adapters import ExpertWeights
-from hybrimoe.runtime.guards import refuse_copy, refuse_load, refuse_move, refuse_pickle
+from hybrimoe.runtime.guards import Rooted
 from hybrimoe.runtime.pool import allocate_blobs
 from hybrimoe.runtime.routers import seats_of
 
@@ -60,7 +60,7 @@ def find_linears(model: nn.Module, weights: str, experts: list[str]) -> list[Fou
     return found
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(Rooted):
     """Computes `x @ weight.T + bias` from packed rows; the original is kept aside, without weights."""
 
     def __init__(self, found: FoundLinear, workspace: LinearWorkspace, threads: int) -> None:
@@ -129,25 +129,12 @@ class PackedLinear(nn.Module):
             )
         return super().__getattr__(name)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
-        refuse_move(fn, self.dtype)
-        return super()._apply(fn, recurse)  # type: ignore[no-any-return]
-
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         linear = self.found.module
         destination[prefix + "weight"] = linear.weight.data if self.found.tied else self.unpacked()
         if linear.bias is not None:
             destination[prefix + "bias"] = linear.bias.data
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
-        refuse_load()
-
-    def __deepcopy__(self, memo: Any) -> NoReturn:
-        refuse_copy()
-
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        refuse_pickle()
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
