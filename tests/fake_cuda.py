@@ -70,3 +70,5 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
+    # Installed or not, Triton has nothing to launch on.
+    monkeypatch.setattr("hybrimoe.kernels.triton_experts.available", lambda: False)

@@ -237,7 +237,7 @@ def test_nobody_is_asked_while_the_link_is_busy(monkeypatch, tiny, held_out):
     hybrid = tiny.hybrimoe.hybrid
     timeline = hybrid.engine.timeline
     timeline.free[:] = timeline.now
-    assert hybrid._depth(3) == 1
+    assert hybrid._depth(3) == hybrid.engine.policies.prefetcher.depth > 0
     timeline.free[2] = timeline.now + 2 * hybrid._took
 
     assert hybrid._depth(3) == 0

@@ -177,6 +177,7 @@ class Engine:
             self.cache.rank_by(self.policies.ranking)
         elif kind == "prefetcher":
             self.depth = self.policies.prefetcher.depth
+            self.trust = Trust(max(self.depth, 1))
         warnings.warn(
             f"{error}; {type(successor).__name__} takes its place", RuntimeWarning, stacklevel=4
         )
