@@ -14,8 +14,9 @@ from contextlib import nullcontext
 
 import numpy as np
 
-from hybrimoe.kernels.moe import Workspace, run_layer
+from hybrimoe.kernels.moe import run_layer
 from hybrimoe.kernels.threads import launch, usable_cores
+from hybrimoe.kernels.workspace import Workspace
 from hybrimoe.policy.cost import CostModel
 from hybrimoe.policy.profiles import shape
 from hybrimoe.runtime.measuring.calibration import measure, named_subject

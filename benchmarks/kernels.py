@@ -14,8 +14,9 @@ import time
 import numpy as np
 import torch
 
-from hybrimoe.kernels.moe import Workspace, run_layer
+from hybrimoe.kernels.moe import run_layer
 from hybrimoe.kernels.threads import launch
+from hybrimoe.kernels.workspace import Workspace
 from machine import ReadBandwidth, describe, finish, random_layer, routing
 
 SHAPES = {  # name: (D, F, top-k, bias)

@@ -201,7 +201,8 @@ import time, sys
 sys.path.insert(0, {folder!r})
 import numpy as np, torch
 from machine import random_layer
-from hybrimoe.kernels.moe import Workspace, run_layer
+from hybrimoe.kernels.moe import run_layer
+from hybrimoe.kernels.workspace import Workspace
 layer = random_layer("int4", 8, 256, 256)
 x = np.zeros((1, 256), np.float32)
 start = time.perf_counter()

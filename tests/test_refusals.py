@@ -238,3 +238,13 @@ def test_the_report_of_an_unwrapped_model_is_a_typed_error(model):
     hybrimoe.unwrap(model)
     with pytest.raises(WrappedModelError, match=r"released by hybrimoe\.unwrap"):
         runtime.report()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_refused_before_anything_is_rounded(model):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ConfigError, match="needs a CUDA device"):
+        hybrimoe.wrap(model, device="cuda", weights="int4")
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], value) for name, value in before.items())

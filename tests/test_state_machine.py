@@ -13,7 +13,8 @@ from hybrimoe.errors import InsufficientMemoryError
 from hybrimoe.kernels import reference
 from hybrimoe.kernels.activations import NAMES, Gate
 from hybrimoe.kernels.layout import expert_layout
-from hybrimoe.kernels.moe import PackedLayer, Workspace, run_layer
+from hybrimoe.kernels.moe import PackedLayer, run_layer
+from hybrimoe.kernels.workspace import Workspace
 from hybrimoe.policy.presets import PRESETS
 from hybrimoe.runtime.devices.device import EmulatedAccelerator
 from hybrimoe.runtime.hybrid import Hybrid

@@ -7,7 +7,8 @@ import numpy as np
 
 from hybrimoe.kernels.activations import NAMES, Gate
 from hybrimoe.kernels.layout import expert_layout
-from hybrimoe.kernels.moe import PackedLayer, Workspace, run_layer
+from hybrimoe.kernels.moe import PackedLayer, run_layer
+from hybrimoe.kernels.workspace import Workspace
 from hybrimoe.runtime.storage.disk import DiskTier
 from hybrimoe.runtime.storage.job import Job
 from hybrimoe.runtime.storage.tier_sizes import TierSizes

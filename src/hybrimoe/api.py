@@ -21,7 +21,6 @@ from hybrimoe.errors import (
     UnsupportedModelError,
     WrappedModelError,
 )
-from hybrimoe.kernels.linear import LinearWorkspace
 from hybrimoe.kernels.threads import usable_cores
 from hybrimoe.policy.cost import write_atomically
 from hybrimoe.policy.timeline import perfetto
@@ -51,6 +50,7 @@ class Runtime:
     """What `model.hybrimoe` is: the configuration, the pool and the counters of a wrapped model."""
 
     def __init__(self, config: Config, model: nn.Module) -> None:
+        check_device(config)
         self.config = config
         self.pool = ExpertPool()
         self.pool.tier = open_tier(config, model)
@@ -124,9 +124,8 @@ class Runtime:
 
     def pack_linears(self, model: nn.Module, weights: str) -> None:
         """Pack the dense layers too, each in its place."""
-        workspace = LinearWorkspace()
         for found in find_linears(model, weights, [layer.name for layer in self.layers]):
-            layer = PackedLinear(found, workspace, self.threads)
+            layer = PackedLinear(found, self.pool.workspace, self.threads)
             self.linears.append(layer)
             layer.install()
 
@@ -304,18 +303,23 @@ def _bring_back_dense(model: nn.Module) -> None:
         ) from error
 
 
+def check_device(config: Config) -> None:
+    """Raise ConfigError if this machine cannot do what is asked of a device."""
+    found = torch.cuda.is_available()
+    if config.device == "cuda" and not found:
+        raise ConfigError("device='cuda' needs a CUDA device, torch finds none; try 'emulated'")
+    if config.device == "auto" and found and config.linear is not None:
+        raise ConfigError(
+            f"linear={config.linear!r} packs dense layers for the CPU, but here they run on the "
+            "GPU; leave it out, or choose device='cpu'"
+        )
+
+
 def open_accelerator(config: Config) -> Accelerator | None:
     """The accelerator a configuration asks for, or None for the CPU alone."""
     if config.device == "emulated":
         return EmulatedAccelerator()
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device='cuda' needs a CUDA device, torch finds none; try 'emulated'")
     if config.device != "cpu" and torch.cuda.is_available():
-        if config.linear is not None:
-            raise ConfigError(
-                f"linear={config.linear!r} packs dense layers for the CPU, but here they run on the "
-                "GPU; leave it out, or choose device='cpu'"
-            )
         return TorchAccelerator()
     return None
 

@@ -173,7 +173,7 @@ def _of_name(
             f"weights must be {checkpoint.packed!r}, which the experts in {name} were packed as, got "
             f"{weights!r}; plan the original checkpoint"
         )
-    config = read_config(name, revision)
+    config = read_config(name, revision=revision)
     dtype = weight_dtype(config, checkpoint.stored)
     skeleton = build_skeleton(config, dtype)
     stored, streams = checkpoint.tensors, packs_on_arrival(skeleton)

@@ -7,9 +7,10 @@ import numpy as np
 from hybrimoe.kernels import moe, reference
 from hybrimoe.kernels.activations import NAMES, Gate
 from hybrimoe.kernels.layout import QUANTIZED, expert_layout
-from hybrimoe.kernels.moe import HOST_ISA, PackedLayer, Workspace, run_layer
+from hybrimoe.kernels.moe import HOST_ISA, PackedLayer, run_layer
 from hybrimoe.kernels.rows import FORMATS
 from hybrimoe.kernels.simd import ISAS, runs_here
+from hybrimoe.kernels.workspace import Workspace
 
 SILU, CLAMPED = Gate(NAMES.index("silu")), Gate(NAMES.index("silu"), 1.702, 7.0, 1.0)
 

@@ -6,8 +6,9 @@ import torch
 
 from hybrimoe.errors import RoutingError
 from hybrimoe.kernels import moe, reference
-from hybrimoe.kernels.linear import LinearWorkspace, run_linear
+from hybrimoe.kernels.linear import run_linear
 from hybrimoe.kernels.simd import runs_here
+from hybrimoe.kernels.workspace import Workspace
 from hybrimoe.runtime.linears import pack_matrix
 
 TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -26,7 +27,7 @@ def make_matrix(fmt, outputs, inputs, bias, seed=0):
 def run(matrix, x, dtype, threads=2, isa=None):
     bits = reference.to_bits(dtype, x)
     out = reference.to_bits(dtype, np.full((len(x), matrix.shape[0]), np.nan))
-    run_linear(matrix, bits, out, LinearWorkspace(), dtype, threads, isa)
+    run_linear(matrix, bits, out, Workspace(), dtype, threads, isa)
     return reference.from_bits(dtype, out)
 
 
@@ -88,3 +89,23 @@ def test_a_shape_that_does_not_fit_is_refused_before_anything_runs(shape, messag
     matrix, _, _ = make_matrix("int8", 32, 32, bias=False)
     with pytest.raises(RoutingError, match=message):
         run(matrix, np.ones(shape, np.float32), "float32")
+
+
+def test_one_workspace_serves_matrices_and_prompts_of_all_sizes():
+    workspace = Workspace()
+    for outputs, inputs, tokens in ((48, 64, 3), (16, 300, 40), (48, 64, 3), (200, 32, 7)):
+        matrix, weight, _ = make_matrix("int8", outputs, inputs, bias=False)
+        x = np.random.default_rng(tokens).standard_normal((tokens, inputs)).astype(np.float32)
+        out = np.full((tokens, outputs), np.nan, np.float32)
+        run_linear(matrix, x, out, workspace)
+        expected = rounded(x) @ weight.T
+        assert np.sum((out - expected) ** 2) / np.sum(expected**2) < 1e-5
+
+
+def test_prompts_of_many_lengths_share_one_buffer():
+    workspace, (matrix, _, _) = Workspace(), make_matrix("int8", 32, 64, bias=False)
+    for tokens in range(200, 0, -1):
+        out = np.empty((tokens, 32), np.float32)
+        run_linear(matrix, np.ones((tokens, 64), np.float32), out, workspace)
+    kept = sum(buffer.nbytes for buffer in workspace._buffers.values())
+    assert kept < 200 * 2 * 40 + (1 << 14)

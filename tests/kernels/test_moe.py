@@ -24,8 +24,9 @@ from hybrimoe.errors import RoutingError
 from hybrimoe.kernels import moe, reference
 from hybrimoe.kernels.activations import NAMES, SOFTCAP, Gate
 from hybrimoe.kernels.layout import QUANTIZED
-from hybrimoe.kernels.moe import Workspace, run_layer
+from hybrimoe.kernels.moe import run_layer
 from hybrimoe.kernels.rows import FORMATS
+from hybrimoe.kernels.workspace import Workspace
 
 TOKENS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 32)
 SHAPES = {  # D, F, gated, bias; the third has three shards, the fourth one, the fifth five

@@ -5,7 +5,8 @@ import pytest
 from kernel_cases import make_batch, make_layer, run
 
 from hybrimoe.errors import RoutingError
-from hybrimoe.kernels.moe import Workspace, run_layer
+from hybrimoe.kernels.moe import run_layer
+from hybrimoe.kernels.workspace import Workspace
 
 
 def shuffled(layer, rows=9, seed=0):

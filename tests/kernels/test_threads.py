@@ -15,8 +15,9 @@ import pytest
 from kernel_cases import make_batch, make_layer, run, share_all_work
 
 from hybrimoe.kernels import moe, threads
-from hybrimoe.kernels.moe import Workspace, run_layer
+from hybrimoe.kernels.moe import run_layer
 from hybrimoe.kernels.threads import launch, usable_cores
+from hybrimoe.kernels.workspace import Workspace
 
 CALLERS = 4
 

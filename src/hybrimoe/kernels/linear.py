@@ -10,15 +10,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hybrimoe.errors import RoutingError
 from hybrimoe.kernels.dtypes import DTYPES, narrow, widen
 from hybrimoe.kernels.experts import DEEPEST, T1, T2, T4, T8, deepest
 from hybrimoe.kernels.jit import inlined, inner, kernel
 from hybrimoe.kernels.layout import GROUP, LINE, ROWS, Layout, block_bytes
-from hybrimoe.kernels.moe import HOST_ISA, ISA_TAGS, SMALL
+from hybrimoe.kernels.moe import HOST_ISA, ISA_TAGS, SMALL, check_array
 from hybrimoe.kernels.rows import FORMATS, activation_bytes, quantize, rows
 from hybrimoe.kernels.simd import following_rows, load_f32, no_floats, splat_tile, store_tile, take
 from hybrimoe.kernels.threads import fork_join, launch
+from hybrimoe.kernels.workspace import Workspace
 
 
 class PackedMatrix(NamedTuple):
@@ -48,44 +48,29 @@ def matrix_layout(fmt: str, outputs: int, inputs: int) -> Layout:
     return Layout(outputs, inputs, 1, 0, 0, block, 0, 0, size, size)
 
 
-class LinearWorkspace:
-    """Scratch that all matrices share; it grows to the largest launch and stays."""
-
-    def __init__(self) -> None:
-        self._launches: dict[tuple[object, ...], tuple[int, int, Buffers]] = {}
-
-    def launch(self, matrix: PackedMatrix, tokens: int, threads: int) -> tuple[int, int, Buffers]:
-        """Threads, 16-row blocks per tile, and buffers for T = `tokens`; made once per size."""
-        key = (matrix.fmt, matrix.layout, tokens, threads)
-        found = self._launches.get(key)
-        if found is None:
-            if len(self._launches) >= 1024:
-                self._launches.clear()
-            found = self._launches[key] = _prepare(matrix, tokens, threads)
-        return found
-
-
-def _prepare(matrix: PackedMatrix, tokens: int, threads: int) -> tuple[int, int, Buffers]:
-    layout = matrix.layout
+def prepare(
+    workspace: Workspace, matrix: PackedMatrix, tokens: int, threads: int
+) -> tuple[int, int, Buffers]:
+    """Threads, 16-row blocks per tile, and buffers for T = `tokens`."""
+    layout, take = matrix.layout, workspace.take
     threads = 1 if layout.expert_bytes * max(1, tokens // 8) < SMALL else threads
     # Long runs of rows keep memory streaming; several tiles per thread even out their speed.
     chunk = min(64, max(1, layout.hidden // ROWS // (8 * threads)))
     size = activation_bytes(matrix.fmt, layout.width)
-    # fmt: off
-    return threads, chunk, Buffers(
+    buffers = Buffers(
         np.zeros(8, np.int64),
-        np.empty(tokens * size, np.uint8),
-        np.empty((threads, layout.width), np.float32),
-        np.empty((threads, DEEPEST * ROWS), np.float32),
+        take("x", tokens * size, np.uint8),
+        take("floats", threads * layout.width, np.float32).reshape(threads, -1),
+        take("block", threads * DEEPEST * ROWS, np.float32).reshape(threads, -1),
     )
-    # fmt: on
+    return threads, chunk, buffers
 
 
 def run_linear(
     matrix: PackedMatrix,
     x: np.ndarray,
     out: np.ndarray,
-    workspace: LinearWorkspace,
+    workspace: Workspace,
     dtype: str = "float32",
     threads: int | None = None,
     isa: str | None = None,
@@ -96,16 +81,13 @@ def run_linear(
     """
     number = np.dtype(np.float32 if dtype == "float32" else np.uint16)
     outputs, inputs = matrix.shape
-    for name, array, columns in (("x", x, inputs), ("out", out, outputs)):
-        wanted = (len(x), columns)
-        if array.shape != wanted or array.dtype != number or not array.flags.c_contiguous:
-            raise RoutingError(
-                f"{name} must be a contiguous {number} array of shape {wanted}, got "
-                f"{array.dtype} {array.shape}"
-            )
+    check_array("x", x, (len(x), inputs), number)
+    check_array("out", out, (len(x), outputs), number)
     tags = ISA_TAGS[isa or HOST_ISA], FORMATS[matrix.fmt], DTYPES[dtype]
     with launch.lock:
-        team, chunk, buffers = workspace.launch(matrix, len(x), launch.threads(threads))
+        team, tokens = launch.threads(threads), len(x)
+        key = (matrix.fmt, matrix.layout, tokens, team)
+        team, chunk, buffers = workspace.launch(key, prepare, matrix, tokens, team)
         multiply(*tags, team, chunk, matrix.layout, matrix.blob, matrix.bias, x, out, buffers)
 
 

@@ -14,6 +14,7 @@ from hybrimoe.kernels.layout import Layout
 from hybrimoe.kernels.rows import FORMATS, activation_bytes
 from hybrimoe.kernels.simd import Tag, detect_isa
 from hybrimoe.kernels.threads import launch
+from hybrimoe.kernels.workspace import Workspace
 
 LONGEST = 1024
 """Tokens of one launch: more would only grow the scratch buffers."""
@@ -47,53 +48,29 @@ class Launch(NamedTuple):
     scratch: Scratch
 
 
-class Workspace:
-    """Scratch buffers that all layers share; they grow to the largest launch and stay."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[str, np.ndarray] = {}
-        self._launches: dict[tuple[object, ...], Launch] = {}
-
-    def launch(self, layer: PackedLayer, tokens: int, k: int, threads: int) -> Launch:
-        """Everything for a launch of T = `tokens`, K = `k`; made once per size."""
-        key = (layer.fmt, layer.layout, layer.experts, tokens, k, threads)
-        found = self._launches.get(key)
-        if found is None:
-            if len(self._launches) >= 1024:  # prompts of many lengths; making one costs 20 us
-                self._launches.clear()
-            found = self._launches[key] = self._make(layer, tokens, k, threads)
-        return found
-
-    def _make(self, layer: PackedLayer, tokens: int, k: int, threads: int) -> Launch:
-        layout, experts = layer.layout, layer.experts
-        touched = min(tokens * k, experts) * layout.expert_bytes * max(1, tokens // 8)
-        threads = 1 if touched < SMALL else threads
-        # Long runs of down rows keep memory streaming: two tiles per thread, at most 512 rows.
-        chunk = min(32, max(1, layout.hidden // 16 // (2 * threads)))
-        x, h = (activation_bytes(layer.fmt, size) for size in (layout.hidden, layout.inner))
-        shards = np.empty((experts, 2), np.int32)
-        shards[:] = 0, layout.shards
-        scratch = Scratch(
-            np.zeros(8, np.int64),
-            self._take("offsets", experts + 1, np.int32),
-            self._take("active", experts, np.int32),
-            self._take("token", tokens * k, np.int32),
-            self._take("weight", tokens * k, np.float32),
-            self._take("x", tokens * x, np.uint8),
-            self._take("h", tokens * k * h, np.uint8),
-            self._take("sums", tokens * layout.hidden, np.float32).reshape(tokens, layout.hidden),
-            self._take("block", threads * DEEPEST * 64, np.float32).reshape(threads, -1),
-        )
-        place = np.arange(experts, dtype=np.int32)
-        return Launch(threads, Strides(x, h, chunk), shards, place, scratch)
-
-    def _take(self, name: str, size: int, dtype: type) -> np.ndarray:
-        """A flat array of `size` numbers; its content is whatever was there before."""
-        buffer = self._buffers.get(name)
-        if buffer is None or buffer.size < size:
-            self._launches.clear()  # they hold views of the smaller buffer
-            buffer = self._buffers[name] = np.empty(size, dtype)
-        return buffer[:size]
+def prepare(workspace: Workspace, layer: PackedLayer, tokens: int, k: int, threads: int) -> Launch:
+    """Everything for a launch of T = `tokens`, K = `k`."""
+    layout, experts = layer.layout, layer.experts
+    touched = min(tokens * k, experts) * layout.expert_bytes * max(1, tokens // 8)
+    threads = 1 if touched < SMALL else threads
+    # Long runs of down rows keep memory streaming: two tiles per thread, at most 512 rows.
+    chunk = min(32, max(1, layout.hidden // 16 // (2 * threads)))
+    x, h = (activation_bytes(layer.fmt, size) for size in (layout.hidden, layout.inner))
+    shards, take = np.empty((experts, 2), np.int32), workspace.take
+    shards[:] = 0, layout.shards
+    scratch = Scratch(
+        np.zeros(8, np.int64),
+        take("offsets", experts + 1, np.int32),
+        take("active", experts, np.int32),
+        take("token", tokens * k, np.int32),
+        take("weight", tokens * k, np.float32),
+        take("x", tokens * x, np.uint8),
+        take("h", tokens * k * h, np.uint8),
+        take("sums", tokens * layout.hidden, np.float32).reshape(tokens, layout.hidden),
+        take("block", threads * DEEPEST * 64, np.float32).reshape(threads, -1),
+    )
+    place = np.arange(experts, dtype=np.int32)
+    return Launch(threads, Strides(x, h, chunk), shards, place, scratch)
 
 
 def run_layer(
@@ -124,7 +101,9 @@ def run_layer(
         for start in range(0, len(x), LONGEST):
             part = slice(start, start + LONGEST)
             tokens, k = ids[part].shape
-            go = workspace.launch(layer, tokens, k, launch.threads(threads))
+            team = launch.threads(threads)
+            key = (layer.fmt, layer.layout, layer.experts, tokens, k, team)
+            go = workspace.launch(key, prepare, layer, tokens, k, team)
             # fmt: off
             run_experts(tag, fmt, kind, go.threads, layer.layout, go.strides, layer.gate,
                         layer.blobs, go.place if layer.place is None else layer.place,
@@ -149,19 +128,19 @@ def check_arguments(
         raise RoutingError(f"x and ids must have two dimensions, got {x.shape} and {ids.shape}")
     number = np.dtype(np.float32 if dtype == "float32" else np.uint16)
     shape, experts = (len(x), layer.hidden), layer.experts
-    _check("x", x, shape, number)
-    _check("out", out, shape, number)
-    _check("ids", ids, (len(x), ids.shape[-1]), np.dtype(np.int64))
-    _check("weights", weights, ids.shape, np.dtype(np.float32))
+    check_array("x", x, shape, number)
+    check_array("out", out, shape, number)
+    check_array("ids", ids, (len(x), ids.shape[-1]), np.dtype(np.int64))
+    check_array("weights", weights, ids.shape, np.dtype(np.float32))
     if shards is not None:
-        _check("shards", shards, (experts, 2), np.dtype(np.int32))
+        check_array("shards", shards, (experts, 2), np.dtype(np.int32))
         if not 0 <= shards.min() <= shards.max() <= layer.layout.shards:
             raise RoutingError(
                 f"shards must lie in [0, {layer.layout.shards}], got "
                 f"[{shards.min()}, {shards.max()}]"
             )
     if layer.place is not None:
-        _check("place", layer.place, (experts,), np.dtype(np.int32))
+        check_array("place", layer.place, (experts,), np.dtype(np.int32))
         if not 0 <= layer.place.min() <= layer.place.max() < len(layer.blobs):
             raise RoutingError(
                 f"place must name rows in [0, {len(layer.blobs)}), got {layer.place}"
@@ -171,7 +150,8 @@ def check_arguments(
         raise RoutingError(f"expert ids must lie in [0, {experts}), got {bad}")
 
 
-def _check(name: str, array: np.ndarray, shape: tuple[int, ...], dtype: np.dtype) -> None:
+def check_array(name: str, array: np.ndarray, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    """Raise RoutingError unless an array is what a kernel takes it for."""
     if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
         raise RoutingError(
             f"{name} must be a contiguous {dtype} array of shape {shape}, got "

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from hybrimoe.errors import RoutingError
 from hybrimoe.kernels.activations import Gate
-from hybrimoe.kernels.linear import LinearWorkspace, PackedMatrix, matrix_layout, run_linear
+from hybrimoe.kernels.linear import PackedMatrix, matrix_layout, run_linear
+from hybrimoe.kernels.workspace import Workspace
 from hybrimoe.runtime import formats, opaque
 from hybrimoe.runtime.adapters import ExpertWeights
 from hybrimoe.runtime.guards import Rooted
@@ -63,7 +64,7 @@ def find_linears(model: nn.Module, weights: str, experts: list[str]) -> list[Fou
 class PackedLinear(Rooted):
     """Computes `x @ weight.T + bias` from packed rows; the original is kept aside, without weights."""
 
-    def __init__(self, found: FoundLinear, workspace: LinearWorkspace, threads: int) -> None:
+    def __init__(self, found: FoundLinear, workspace: Workspace, threads: int) -> None:
         super().__init__()
         linear = found.module
         self.name, self.threads, self.workspace = found.name, threads, workspace

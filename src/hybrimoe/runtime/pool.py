@@ -9,7 +9,8 @@ import numpy as np
 
 from hybrimoe.errors import WrappedModelError
 from hybrimoe.kernels.layout import Layout
-from hybrimoe.kernels.moe import PackedLayer, Workspace
+from hybrimoe.kernels.moe import PackedLayer
+from hybrimoe.kernels.workspace import Workspace
 
 if TYPE_CHECKING:
     from hybrimoe.runtime.storage.disk import DiskTier

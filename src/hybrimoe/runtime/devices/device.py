@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from hybrimoe.errors import DeviceLostError, InsufficientMemoryError
-from hybrimoe.kernels.moe import PackedLayer, Workspace, run_layer
+from hybrimoe.kernels.moe import PackedLayer, run_layer
+from hybrimoe.kernels.workspace import Workspace
 
 
 class Accelerator(Protocol):

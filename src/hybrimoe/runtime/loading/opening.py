@@ -21,7 +21,7 @@ from hybrimoe.runtime.loading.checkpoints import CONVERT, INDEX, examine_folder,
 from hybrimoe.runtime.loading.load_memory import ensure_fits
 from hybrimoe.runtime.loading.packed_files import DENSE, check_dense, read_manifest
 from hybrimoe.runtime.loading.quantizer import PackedConfig, check_device_map
-from hybrimoe.runtime.loading.skeleton import build_skeleton, first_line, weight_dtype
+from hybrimoe.runtime.loading.skeleton import build_skeleton, first_line, read_config, weight_dtype
 
 REFUSED = {
     "quantization_config": "hybrimoe's own is given by config=",
@@ -144,16 +144,7 @@ def class_of(name: str | os.PathLike[str], hf_kwargs: dict[str, Any]) -> tuple[A
     """The class that loads a checkpoint (for text if there is one, else the one that config.json
     names), and the configuration."""
     place = {key: hf_kwargs[key] for key in (*HUB, "trust_remote_code") if key in hf_kwargs}
-    try:
-        config = transformers.AutoConfig.from_pretrained(name, **place)
-    except OSError as error:
-        raise CheckpointNotFoundError(
-            f"no config.json of {os.fspath(name)!r} can be read: {first_line(error)}"
-        ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UnsupportedModelError(
-            f"transformers does not know the model in {os.fspath(name)!r}: {first_line(error)}"
-        ) from error
+    config = read_config(name, **place)
     method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
     if method is not None:
         raise UnsupportedModelError(

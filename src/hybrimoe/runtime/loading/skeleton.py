@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 from typing import Any
 
 import torch
@@ -23,19 +23,22 @@ PLAIN = (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
 """Operations of transformers' converters that only stack experts."""
 
 
-def read_config(name: str | Path, revision: str | None = None) -> Any:
-    """The configuration of a checkpoint: a local folder, or a repository of the hub."""
+def read_config(name: str | os.PathLike[str], **place: Any) -> Any:
+    """The configuration of a checkpoint: a local folder, or a repository of the hub.
+
+    place: arguments of transformers' `from_pretrained` that say where files come from.
+    """
     from transformers import AutoConfig  # seconds, and only needed here
 
     try:
-        return AutoConfig.from_pretrained(name, revision=revision)
+        return AutoConfig.from_pretrained(name, **place)
     except OSError as error:
         raise CheckpointNotFoundError(
-            f"no config.json of {str(name)!r} can be read: {first_line(error)}"
+            f"no config.json of {os.fspath(name)!r} can be read: {first_line(error)}"
         ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise UnsupportedModelError(
-            f"transformers does not know the model in {str(name)!r}: {first_line(error)}"
+            f"transformers does not know the model in {os.fspath(name)!r}: {first_line(error)}"
         ) from error
 
 

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from hybrimoe.errors import InsufficientMemoryError
-from hybrimoe.kernels.moe import PackedLayer, Workspace, run_layer
+from hybrimoe.kernels.moe import PackedLayer, run_layer
+from hybrimoe.kernels.workspace import Workspace
 from hybrimoe.policy.fitting import Sample
 from hybrimoe.runtime.devices.device import Accelerator
 from hybrimoe.runtime.pool import allocate_blobs

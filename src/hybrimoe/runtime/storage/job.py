@@ -7,7 +7,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from hybrimoe.kernels.moe import PackedLayer, Workspace
+from hybrimoe.kernels.moe import PackedLayer
+from hybrimoe.kernels.workspace import Workspace
 from hybrimoe.policy.routing import Load
 
 
