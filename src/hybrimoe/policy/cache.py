@@ -18,6 +18,7 @@ from hybrimoe.policy.slots import (
     claim_each,
     evict,
     hold_slots,
+    lacks_any,
     note,
     occupy,
     ready_times,
@@ -105,6 +106,10 @@ class Cache:
         """[E] bool: has a slot, be it still on the wire."""
         found: Array = self.slot[layer] >= 0
         return found
+
+    def lacks(self, first: int, end: int) -> bool:
+        """Whether any expert of the layers from `first` to before `end` has no slot."""
+        return bool(lacks_any(self.slot, first, min(end, self.layers)))
 
     def ready(self, layer: int, experts: Array, now: float = 0.0) -> Array:
         """[A] seconds from now until each expert is on the GPU: 0 resident, inf absent."""

@@ -82,6 +82,16 @@ def validate(plan: Plan, load: Load, ready: Array, shards: int, name: str = "a p
 
 
 @compiled
+def left_to_cpu(share: Array, tokens: Array, shards: int) -> tuple[float, float]:
+    """Experts that the CPU computes of a plan's `share` [A], and their tokens; parts count as parts."""
+    experts = computed = 0
+    for i in range(share.size):
+        experts += shards - share[i]
+        computed += (shards - share[i]) * tokens[i]
+    return experts / shards, computed / shards
+
+
+@compiled
 def _place(
     experts: Array, tokens: Array, ready: Array, free: Array, now: float, cost: Array, out: Array
 ) -> tuple[int, int, int, float]:

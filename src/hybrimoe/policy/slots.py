@@ -29,6 +29,35 @@ def tally(ready: Array) -> tuple[int, int]:
 
 
 @compiled
+def lacks_any(slot: Array, first: int, end: int) -> bool:
+    """Whether any expert of the layers from `first` to before `end` has no slot."""
+    for layer in range(first, end):
+        for s in slot[layer]:
+            if s < 0:
+                return True
+    return False
+
+
+@compiled
+def place_in_slots(wave: Array, on_gpu: Array, ids: Array, nowhere: int) -> tuple[Array, Array]:
+    """What a launch over slots is called with: ids [T, K] int64 as slots, and shards per slot.
+
+    wave [N, 2]: experts and their slots; ids of others become `nowhere`, the row behind all slots.
+    on_gpu [E]: shards of each expert to compute. shards [nowhere + 1, 2] int32: their range.
+    """
+    table = np.full(on_gpu.size, nowhere, np.int64)
+    shards = np.zeros((nowhere + 1, 2), np.int32)
+    for expert, slot in wave:
+        table[expert] = slot
+        shards[slot, 1] = on_gpu[expert]
+    placed = np.empty(ids.shape, np.int64)
+    for t in range(ids.shape[0]):
+        for k in range(ids.shape[1]):
+            placed[t, k] = table[ids[t, k]]
+    return placed, shards
+
+
+@compiled
 def note(
     layer: int,
     experts: Array,

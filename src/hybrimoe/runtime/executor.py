@@ -19,9 +19,11 @@ from hybrimoe.kernels.moe import run_layer
 from hybrimoe.policy.cache import Cache, Move
 from hybrimoe.policy.cost import CostModel
 from hybrimoe.policy.drawing import label
+from hybrimoe.policy.plans import left_to_cpu
 from hybrimoe.policy.routing import Forecast, Load
 from hybrimoe.policy.scheduler import Plan
 from hybrimoe.policy.simulator import SimExecutor
+from hybrimoe.policy.slots import place_in_slots
 from hybrimoe.policy.timeline import Lane, Span, Timeline
 from hybrimoe.runtime.devices.device import Accelerator
 from hybrimoe.runtime.intake import Call
@@ -275,8 +277,6 @@ class TorchExecutor:
         """Start some experts on the accelerator: their partial sum, and the event completing it."""
         assert self.call is not None
         index, nowhere = load.layer, len(self.content)
-        table = np.full(on_gpu.size, nowhere, np.int64)
-        shards = np.zeros((nowhere + 1, 2), np.int32)
         after, happened = [], self.accelerator.happened
         if self._late:
             self._order_late(wave.values())
@@ -288,14 +288,14 @@ class TorchExecutor:
                 waiting = [event for event in self.arrivals[slot] if not happened(event)]
                 after += waiting  # hazard: its weights may still be on the wire
                 self.arrivals[slot] = waiting
-        experts, slots = list(wave), list(wave.values())
-        table[experts], shards[slots, 1] = slots, on_gpu[experts]
         call, layer = self.call, self.pool.layer(index)
+        pairs = np.array(list(wave.items()), np.int64)
+        ids, shards = place_in_slots(pairs, on_gpu, call.ids, nowhere)
         partial = torch.empty_like(call.hidden, dtype=torch.float32)
         event = self.accelerator.experts(
-            layer, call.hidden, table[call.ids], call.weights, shards, partial, after
+            layer, call.hidden, ids, call.weights, shards, partial, after
         )
-        for slot in slots:
+        for slot in wave.values():
             self.last_use[slot] = event
         self.meter.ordered(event, gpu_span(load, wave, on_gpu, layer.layout.shards))
         return partial, event
@@ -306,7 +306,7 @@ def wave_size(load: Load, plan: Plan) -> int:
 
     With many tokens the first ones compute while the others are still on the wire.
     """
-    if load.tokens.sum() < LONG * plan.copies.size:
+    if not plan.copies.size or load.tokens.sum() < LONG * plan.copies.size:
         return plan.copies.size  # as in decode; looking further takes 15 us
     tokens = load.tokens[np.isin(load.experts, plan.copies)].sum()
     few = tokens < LONG * plan.copies.size
@@ -325,8 +325,7 @@ def upto(wave: dict[int, int], slot: int) -> dict[int, int]:
 
 def cpu_span(load: Load, plan: Plan, shards: int, start: float, end: float) -> Span:
     """The CPU's share of a layer; an expert that is divided counts as a part of one."""
-    part = shards - plan.shards  # [A]
-    experts, tokens = int(part.sum()) / shards, int(part @ load.tokens) / shards
+    experts, tokens = left_to_cpu(plan.shards, load.tokens, shards)
     what = f"layer {load.layer}: {plan.cpu.size} experts"
     return Span(Lane.CPU, start, end - start, what, load.layer, experts, tokens)
 

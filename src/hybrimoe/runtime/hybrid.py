@@ -135,8 +135,7 @@ class Hybrid:
         depth = engine.policies.prefetcher.depth
         if not depth or timeline.free[Lane.LINK] > timeline.now + self._took:
             return 0
-        upcoming = self.cache.slot[layer + 1 : layer + 1 + depth]
-        return depth if (upcoming < 0).any() else 0
+        return depth if self.cache.lacks(layer + 1, layer + 1 + depth) else 0
 
     def begin(self) -> None:
         """A forward pass of the whole model starts: what it has grown by may need room."""

@@ -19,7 +19,6 @@ from hybrimoe.policy.router_output import (
 )
 from hybrimoe.policy.routing import Forecast, Load
 from hybrimoe.runtime.devices.device import Accelerator
-from hybrimoe.runtime.devices.transfer import Slab
 from hybrimoe.runtime.routers import Seat, look_ahead
 
 
@@ -44,7 +43,6 @@ class Intake:
         self.seats: list[Seat] = []
         self.scoring: list[int | None] = [None] * layers
         self._hooks: list[Any] = []
-        self._x = Slab()
 
     def watch(self, seats: list[Seat]) -> None:
         """From now on, read these routers, one per layer."""
@@ -75,8 +73,8 @@ class Intake:
         shown = [] if logits is None else [logits]
         fetched = self.accelerator.fetch([ids, weights, hidden, *shown, *said])
         host_ids, host_weights = as_array(fetched[0], torch.int64), as_array(fetched[1])
-        on_host = self._float32(fetched[2])
-        x = as_array(on_host)
+        on_host = plain(fetched[2], torch.float32)
+        x: np.ndarray = on_host.numpy()
         check_arguments(packed, x, host_ids, host_weights, x, "float32")
         there = on_host if hidden.device.type == "cpu" else hidden.detach().contiguous()
         call = Call(x, host_ids, host_weights, there, early)
@@ -109,17 +107,15 @@ class Intake:
             how = self.scoring[layer] = find_scoring(logits, ids, weights)
         return SOFTMAX if how is None else how
 
-    def _float32(self, hidden: Tensor) -> Tensor:
-        """Host memory in float32, without a copy where it is that already."""
-        hidden = hidden.detach()
-        if hidden.dtype == torch.float32:
-            return hidden.contiguous()
-        wide = self._x.take(4 * hidden.numel()).view(torch.float32).view(hidden.shape)
-        return wide.copy_(hidden)
-
 
 def as_array(tensor: Tensor, dtype: torch.dtype = torch.float32) -> np.ndarray:
     """A contiguous array of host memory; a view where dtype and layout allow."""
+    array: np.ndarray = plain(tensor, dtype).numpy()
+    return array
+
+
+def plain(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous, in `dtype`, without gradients; the tensor itself where it is so already."""
     # Each torch call costs microseconds in decode, so only those that are needed are made.
     if tensor.requires_grad:
         tensor = tensor.detach()
@@ -127,5 +123,4 @@ def as_array(tensor: Tensor, dtype: torch.dtype = torch.float32) -> np.ndarray:
         tensor = tensor.to(dtype)
     if not tensor.is_contiguous():
         tensor = tensor.contiguous()
-    array: np.ndarray = tensor.numpy()
-    return array
+    return tensor
