@@ -147,7 +147,8 @@ def _preset(
 ) -> None:
     reshare(model, preset=about["preset"], vram=about["residency"], trace=False)
     if model.hybrimoe.hybrid.guard is not None:
-        Passes(model, seed=1).prefill(sizes.prefills[-2], sizes.settle)
+        for length in sizes.prefills:
+            Passes(model, seed=1).prefill(length, sizes.settle)
     _measure(section, model, sizes, rates, runner="hybrimoe", **about)
 
 

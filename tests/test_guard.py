@@ -18,7 +18,7 @@ from hybrimoe.policy.routing import Load
 from hybrimoe.policy.simulator import SimExecutor
 from hybrimoe.runtime import hybrid
 from hybrimoe.runtime.devices.device import EmulatedAccelerator
-from hybrimoe.runtime.guard import CHOSEN, Guard, Trial
+from hybrimoe.runtime.guard import CHOSEN, Guard, Trial, kind_of
 from paths import TINY_MOE
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
@@ -112,7 +112,25 @@ def test_decode_and_prefill_are_judged_apart():
     guard = guard_of(Trial(warm_up=2, rounds=3, far=1e9, hopeless=1e9))
     passes(guard, {CHOSEN: 1.0, **ALIKE, "cpu": 0.5}, 16)
     assert passes(guard, {CHOSEN: 1.0, **ALIKE}, 1, tokens=500) == [CHOSEN]
-    assert guard.to_dict()["prefill"]["chosen"] == CHOSEN
+    assert guard.to_dict()[kind_of(500)]["chosen"] == CHOSEN
+
+
+def test_short_and_long_prompts_are_judged_apart():
+    """A token of a long prompt takes a fraction of the time: compared, the mode it ran in would win."""
+    guard = guard_of(Trial(warm_up=2, rounds=2, far=1e9, hopeless=1e9))
+    seconds = {CHOSEN: 1.0, **dict.fromkeys(ALIKE, 1.5)}
+    for _ in range(12):  # in turn, so that every second mode would be seen on long prompts only
+        passes(guard, seconds, 1, tokens=30)
+        passes(guard, {mode: 0.01 * s for mode, s in seconds.items()}, 1, tokens=3000)
+    found = guard.to_dict()
+    kinds = [kind_of(30), kind_of(3000)]
+    assert [found[kind]["chosen"] for kind in kinds] == [CHOSEN, CHOSEN]
+    assert all(len(found[kind]["compared_ms"]) == 4 for kind in kinds)
+
+
+def test_every_number_of_tokens_is_of_one_kind():
+    names = [kind_of(tokens) for tokens in (1, 16, 17, 64, 65, 256, 257, 1024, 1025, 10**6)]
+    assert [names.index(name) for name in names] == [0, 0, 2, 2, 4, 4, 6, 6, 8, 8]
 
 
 def test_a_pass_without_an_end_does_not_count():

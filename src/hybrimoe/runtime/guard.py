@@ -7,6 +7,7 @@ not the cost model; every `period` passes the question is asked again.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import defaultdict
 from dataclasses import dataclass
 from statistics import median
@@ -19,7 +20,10 @@ from hybrimoe.policy.routing import Load
 from hybrimoe.policy.scheduler import CpuOnly, OnDemand, Static
 
 CHOSEN = "hybrid"
-DECODE = 16  # a pass with more tokens is prefill: other experts, other costs, judged on its own
+DECODE = 16  # a pass with more tokens is prefill: other experts, other costs
+SIZES = (DECODE, 64, 256, 1024)
+"""Passes are judged among their like, for a token of a long prompt takes a fraction of a short one's:
+with at most so many tokens, and all longer ones together."""
 
 
 @dataclass(frozen=True)
@@ -61,17 +65,15 @@ class Guard:
             "accelerator": Policies(OnDemand(), still, Never()),
             "cpu": Policies(CpuOnly(), still, Never()),
         }
-        self.contests = {
-            "decode": Contest(decode or Trial(), self.modes),
-            "prefill": Contest(prefill, self.modes),
-        }
+        self._prefill = prefill
+        self.contests = {"decode": Contest(decode or Trial(), self.modes)}
         self._running: Contest | None = None
         self._began, self._tokens = 0.0, 1
 
     def begin(self, now: float, tokens: int) -> None:
         """A pass of so many tokens starts."""
         self._began, self._tokens = now, tokens
-        self._running = self.contests["decode" if tokens <= DECODE else "prefill"]
+        self._running = self._contest(tokens)
         policies = self.modes[self._running.next()]
         self.engine.policies, self.engine.cache.ranking = policies, policies.ranking
 
@@ -91,9 +93,25 @@ class Guard:
             seconds = policies.scheduler.plan(load, ready, timeline, cost).makespan
             self._running.predicted[name] += seconds / self._tokens
 
+    def _contest(self, tokens: int) -> Contest:
+        name = kind_of(tokens)
+        if name not in self.contests:
+            self.contests[name] = Contest(self._prefill, self.modes)
+        return self.contests[name]
+
     def to_dict(self) -> dict[str, Any]:
-        """What was compared, in milliseconds per token, and what was chosen."""
+        """What was compared, in milliseconds per token, and what was chosen, by the kind of pass."""
         return {name: contest.to_dict() for name, contest in self.contests.items()}
+
+
+def kind_of(tokens: int) -> str:
+    """The name of the passes that one with so many tokens is compared with."""
+    if tokens <= DECODE:
+        return "decode"
+    for least, most in itertools.pairwise(SIZES):
+        if tokens <= most:
+            return f"prefill of {least + 1} to {most} tokens"
+    return f"prefill of more than {SIZES[-1]} tokens"
 
 
 class Contest:
