@@ -20,8 +20,15 @@ from transformers.models.dbrx.configuration_dbrx import DbrxAttentionConfig
 
 import families
 import hybrimoe
-from hybrimoe import ConfigError, FormatError, UnsupportedModelError, WrappedModelError
+from hybrimoe import (
+    ConfigError,
+    FormatError,
+    InsufficientMemoryError,
+    UnsupportedModelError,
+    WrappedModelError,
+)
 from hybrimoe.runtime import experts as experts_module
+from hybrimoe.runtime.loading import host
 from test_wrap import fingerprint
 
 MIXTRAL = "mixtral.MixtralExperts"
@@ -42,6 +49,7 @@ def untouched(model: nn.Module):
         assert not module._forward_hooks
         assert not module._forward_pre_hooks
         assert not module._load_state_dict_pre_hooks
+        assert not module._state_dict_pre_hooks
         assert "_apply" not in vars(module)
 
 
@@ -242,9 +250,47 @@ def test_the_report_of_an_unwrapped_model_is_a_typed_error(model):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_device_that_is_not_there_is_refused_before_anything_is_rounded(model):
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(ConfigError, match="needs a CUDA device"):
+    with untouched(model), pytest.raises(ConfigError, match="needs a CUDA device"):
         hybrimoe.wrap(model, device="cuda", weights="int4")
-    after = model.state_dict()
-    assert list(after) == list(before)
-    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+@pytest.fixture
+def little_memory(monkeypatch):
+    """Room for four MiB: one layer unpacked takes 2.25."""
+    have = host.HostMemory(host.MARGIN + (4 << 20), "a test")
+    monkeypatch.setattr(host, "host_memory", lambda: have)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"weights": "int4"}, {"weights": "int4", "linear": "int8"}, {"ram": 0.5}], ids=str
+)
+def test_without_room_for_the_unpacked_weights_a_model_stays_wrapped(model, settings, request):
+    hybrimoe.wrap(model, device="cpu", **settings)
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        expected = model(ids).logits
+        request.getfixturevalue("little_memory")
+        with pytest.raises(InsufficientMemoryError, match=r"unwrapping .* 4\.0 MiB can") as raised:
+            hybrimoe.unwrap(model)
+        assert "save_packed" in raised.value.nearest
+        assert torch.equal(model(ids).logits, expected)
+    assert model.hybrimoe.layers[0].is_intact()
+
+
+def test_native_experts_are_unwrapped_layer_by_layer(model, little_memory):
+    """Each gives back what it took: one layer more is all that is needed."""
+    hybrimoe.wrap(model, device="cpu")
+    assert hybrimoe.unwrap(model) is model
+
+
+@pytest.mark.parametrize("part", ["model", "model.model.layers"])
+def test_a_state_dict_that_does_not_fit_is_refused(model, tmp_path, little_memory, part):
+    hybrimoe.wrap(model, device="cpu", weights="int4")
+    with pytest.raises(
+        InsufficientMemoryError, match=r"the state dict of .* 4\.0 MiB can"
+    ) as raised:
+        eval(part).state_dict()
+    assert "save_packed" in raised.value.nearest
+    with pytest.raises(InsufficientMemoryError):
+        model.save_pretrained(tmp_path / "saved")
+    assert not list(tmp_path.glob("saved/*.safetensors"))

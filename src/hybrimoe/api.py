@@ -31,7 +31,7 @@ from hybrimoe.runtime.devices.cuda import TorchAccelerator
 from hybrimoe.runtime.devices.device import Accelerator, EmulatedAccelerator
 from hybrimoe.runtime.devices.memory import kv_bytes
 from hybrimoe.runtime.experts import PooledExperts
-from hybrimoe.runtime.guards import Guards, refuse_copy, refuse_pickle
+from hybrimoe.runtime.guards import Guards, ensure_unwrap_fits, refuse_copy, refuse_pickle
 from hybrimoe.runtime.hybrid import Hybrid
 from hybrimoe.runtime.linears import PackedLinear, find_linears
 from hybrimoe.runtime.loading.load_memory import ensure_wrap_fits
@@ -248,11 +248,14 @@ def unwrap(model: Model) -> Model:
 
     The modules are the same objects as before `wrap`. Weights are bit-equal where the format is
     lossless ("native"); for "int8" and "int4" they are the dequantized ones, and a warning says so.
-    A model that is not wrapped is returned as it is.
+    A model that is not wrapped is returned as it is. Raises InsufficientMemoryError, and leaves the
+    model wrapped, if there is no room for the unpacked weights.
     """
     runtime = getattr(model, "hybrimoe", None)
     if runtime is None:
         return model
+    sizes = [(layer.native_bytes, layer.packed_bytes) for layer in runtime.packed]
+    ensure_unwrap_fits(model, sizes)
     runtime.detach()
     if runtime.hybrid is not None:
         runtime.hybrid.close()

@@ -61,6 +61,12 @@ class PooledExperts(Rooted):
         """This layer's experts in the pool."""
         return self.pool.layer(self.index)
 
+    @property
+    def packed_bytes(self) -> int:
+        """What the experts of this layer take in the pool; none if they are on disk."""
+        blobs = self.packed.blobs
+        return blobs.nbytes if blobs.strides[0] else 0
+
     def install(self) -> None:
         """Take the original's place in its parent and drop its weights."""
         setattr(self.found.parent, self.found.attribute, self)

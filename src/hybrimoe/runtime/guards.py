@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from hybrimoe.errors import WrappedModelError
+from hybrimoe.runtime.loading.host import ensure_host_fits
+
+SAVE_PACKED = "hybrimoe.save_packed writes the model as it is, without unpacking"
 
 
 class Guards:
@@ -29,8 +32,10 @@ class Guards:
         for path in sorted(paths):
             module = model.get_submodule(path)
             self._modules.append(module)
-            hook = module.register_load_state_dict_pre_hook(refuse_load)  # type: ignore[no-untyped-call]
-            self._hooks.append(hook)
+            self._hooks += [
+                module.register_load_state_dict_pre_hook(refuse_load),  # type: ignore[no-untyped-call]
+                module.register_state_dict_pre_hook(ensure_state_fits),  # type: ignore[no-untyped-call]
+            ]
             module.__dict__["_apply"] = _guarded_apply(module, dtypes)
 
     def remove(self) -> None:
@@ -42,9 +47,13 @@ class Guards:
 
 
 class Rooted(nn.Module):
-    """A module whose weights live in memory of ours: it cannot be moved, loaded, copied or pickled."""
+    """A module whose weights live in memory of ours: it cannot be moved, loaded, copied or pickled.
+
+    native_bytes: of its weights, unpacked.
+    """
 
     dtype: torch.dtype
+    native_bytes: int
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rooted:
         refuse_move(fn, self.dtype)
@@ -76,6 +85,27 @@ def refuse_load(*_: Any) -> NoReturn:
     raise WrappedModelError(
         "a wrapped model cannot load a state dict; call hybrimoe.unwrap(model) first"
     )
+
+
+def ensure_state_fits(module: nn.Module, *_: Any) -> None:
+    """Raise InsufficientMemoryError unless all of a module's weights can exist unpacked at once."""
+    packed = [part for part in module.modules() if isinstance(part, Rooted)]
+    what = f"the state dict of {type(module).__name__}, with all weights unpacked,"
+    ensure_host_fits(sum(part.native_bytes for part in packed), what, SAVE_PACKED)
+
+
+def ensure_unwrap_fits(model: nn.Module, layers: Sequence[tuple[int, int]]) -> None:
+    """Raise InsufficientMemoryError, before anything changes, if the restored weights cannot fit.
+
+    layers: bytes of each unpacked, and packed in memory: it gives these back when it is restored.
+    """
+    most = grown = 0
+    for native, packed in layers:
+        grown += native
+        most = max(most, grown)
+        grown -= packed
+    what = f"unwrapping {type(model).__name__}"
+    ensure_host_fits(most, what, f"the model stays wrapped; {SAVE_PACKED}")
 
 
 def refuse_copy() -> NoReturn:

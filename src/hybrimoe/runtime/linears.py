@@ -77,6 +77,11 @@ class PackedLinear(Rooted):
         self.matrix = pack_matrix(found.fmt, linear)
         self.train(linear.training)
 
+    @property
+    def packed_bytes(self) -> int:
+        """What its rows take."""
+        return self.matrix.blob.nbytes
+
     def install(self) -> None:
         """Take the original's place in its parent and drop its weight."""
         setattr(self.found.parent, self.found.attribute, self)
