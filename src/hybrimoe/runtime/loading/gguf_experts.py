@@ -25,7 +25,6 @@ from hybrimoe.runtime.experts import PooledExperts
 from hybrimoe.runtime.loading.arrivals import STAGING_BYTES, Arrivals
 from hybrimoe.runtime.loading.gguf_check import GgufHeader, GgufTensor
 from hybrimoe.runtime.loading.reading import bytes_of, read_at
-from hybrimoe.runtime.pool import allocate
 
 logger = logging.getLogger("hybrimoe")
 MATRICES = ("gate", "up", "down")
@@ -152,7 +151,7 @@ class ExpertsReader:
         direct = tensor.kind in ggml.BLOCK and tensor.kind not in PLAIN
         staged = each if direct else 4 * rows * columns
         chunk = min(experts, max(1, STAGING_BYTES // staged))
-        staging = allocate(1, chunk * each)[0]  # malloc would keep its pages
+        staging = np.empty(chunk * each, np.uint8)
         threads = launch.threads()
         scratch, sums = np.empty((threads, 32), np.float32), np.zeros((threads, 3))
         packed, kind = layer.packed, tensor.kind if direct else ggml.F32
