@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +25,7 @@ from hybrimoe.runtime.loading.host import host_memory
 from hybrimoe.runtime.loading.tracing import forward_memory, storage_bytes
 from hybrimoe.speed import expected_speed
 from paths import TINY_MOE
+from processes import needs_proc, run, start
 
 MIB, GIB = 1 << 20, 1 << 30
 TESTS = Path(__file__).parent
@@ -148,36 +147,7 @@ def _bytes_read() -> int:
 
 
 MEASURE = """
-import gc, json, os, sys, threading, time, warnings
-os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-from pathlib import Path
-import torch, transformers, hybrimoe
-warnings.simplefilter("ignore")
-transformers.utils.logging.disable_progress_bar()
 CONTEXT = 256
-
-def anonymous():
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) * 1024
-
-class Peak:
-    def __enter__(self):
-        gc.collect()
-        self.peak = self.before = anonymous()
-        self.done = threading.Event()
-        self.sampler = threading.Thread(target=self.sample)
-        self.sampler.start()
-        return self
-
-    def sample(self):
-        while not self.done.is_set():
-            self.peak = max(self.peak, anonymous())
-            time.sleep(0.001)
-
-    def __exit__(self, *_):
-        self.done.set()
-        self.sampler.join()
 
 def write(model, tokens):
     ids = torch.arange(5, 5 + tokens - 4)[None]
@@ -193,9 +163,9 @@ LOAD = """
 found = hybrimoe.plan(path, weights=weights, context=CONTEXT)
 with Peak() as peak:
     model = hybrimoe.from_pretrained(path, weights=weights)
-    load = peak.peak - peak.before
+    load = peak.bytes()
     write(model, CONTEXT)
-print(json.dumps({"load": load, "all": peak.peak - peak.before,
+print(json.dumps({"load": load, "all": peak.last,
                   "plan_load": found.load_peak_bytes, "plan_all": found.peak_bytes}))
 """
 WRAP = """
@@ -209,26 +179,14 @@ held = found.parts["dense"] + sum(p.nbytes for module in experts for p in module
 del experts
 with Peak() as peak:
     hybrimoe.wrap(model, weights=weights)
-print(json.dumps({"load": peak.peak - peak.before + held, "plan_load": found.load_peak_bytes}))
+print(json.dumps({"load": peak.last + held, "plan_load": found.load_peak_bytes}))
 """
-
-
-def measure(code: str, checkpoint: Path, weights: str) -> dict[str, int]:
-    command = [sys.executable, "-c", MEASURE + code, str(checkpoint), str(TINY_MOE), weights]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-needs_proc = pytest.mark.skipif(
-    not Path("/proc/self/status").exists(), reason="RssAnon is read from /proc"
-)
 
 
 @needs_proc
 @pytest.mark.parametrize("weights", ["native", "int4"])
 def test_the_peak_of_loading_and_running_is_foreseen(checkpoint, weights):
-    took = measure(LOAD, checkpoint, weights)
+    took = run(MEASURE + LOAD, checkpoint, TINY_MOE, weights)
 
     assert 0.98 * took["load"] <= took["plan_load"] <= 1.05 * took["load"]
     assert 0.98 * took["all"] <= took["plan_all"] <= 1.05 * took["all"]
@@ -236,7 +194,7 @@ def test_the_peak_of_loading_and_running_is_foreseen(checkpoint, weights):
 
 @needs_proc
 def test_the_peak_of_wrapping_is_foreseen(checkpoint):
-    took = measure(WRAP, checkpoint, "native")
+    took = run(MEASURE + WRAP, checkpoint, TINY_MOE, "native")
 
     assert 0.98 * took["load"] <= took["plan_load"] <= 1.05 * took["load"]
 
@@ -402,12 +360,8 @@ def test_planning_changes_no_model(model):
 
 
 LIMITED = """
-import os, sys
-os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 import resource
-import hybrimoe
 from hybrimoe.cli import main
-from pathlib import Path
 main(["plan", sys.argv[2]])  # loads all that is imported late
 line = next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("VmSize"))
 limit = int(line.split()[1]) * 1024 + (600 << 20)
@@ -420,8 +374,7 @@ sys.exit(main(["generate", sys.argv[1], "--prompt", "x", "--weights", "native"])
 def test_too_little_address_space_is_a_message_and_no_crash(checkpoint, tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (checkpoint / name).write_bytes((TINY_MOE / name).read_bytes())
-    command = [sys.executable, "-c", LIMITED, str(checkpoint), str(TINY_MOE)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    done = start(LIMITED, checkpoint, TINY_MOE)
 
     assert done.returncode == 1, done.stderr[-2000:]
     assert re.search(r"needs .*RLIMIT_AS of .*weights='int", done.stderr.splitlines()[-1])

@@ -7,9 +7,11 @@ experts exist unpacked.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +19,7 @@ from hybrimoe.errors import CheckpointError, FormatError
 from hybrimoe.runtime import formats
 from hybrimoe.runtime.adapters import ExpertWeights
 from hybrimoe.runtime.experts import PooledExperts
+from hybrimoe.runtime.pool import allocate
 
 STAGING_BYTES = 8 << 20
 """Weights that are read before they are packed: few enough to stay in the cache."""
@@ -49,6 +52,7 @@ class Arrivals:
         }
         self.arrived: set[str] = set()
         self._held: dict[PooledExperts, dict[str, Tensor]] = {layer: {} for layer in layers}
+        self._staging = np.empty(0, np.uint8)
 
     def check_promised(self, promised: set[str]) -> None:
         """Raise unless the loader knows a source for every parameter of the experts."""
@@ -85,7 +89,7 @@ class Arrivals:
         shape = layer.shapes[name]
         each = shape[1:].numel() * layer.dtype.itemsize
         chunk = min(shape[0], max(1, STAGING_BYTES // each))
-        staging = torch.empty((chunk, *shape[1:]), dtype=layer.dtype)
+        staging = self._stage((chunk, *shape[1:]), layer.dtype)
         views = _view_as(layer, name, staging)
         for first in range(0, shape[0], chunk):
             count = min(chunk, shape[0] - first)
@@ -134,6 +138,17 @@ class Arrivals:
                 empty = nn.Parameter(torch.empty(0, dtype=layer.dtype))
                 empty._is_hf_initialized = True  # type: ignore[attr-defined]
                 setattr(layer.original, name, empty)
+
+    def _stage(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Memory for a few experts, the same every time.
+
+        One array of malloc's for each parameter left holes of 8 MiB in the heap, sometimes three.
+        Pages like those of the pool go back to the system when the load is over.
+        """
+        size = math.prod(shape) * dtype.itemsize
+        if self._staging.size < size:
+            self._staging = allocate(1, size)[0]
+        return torch.from_numpy(self._staging[:size]).view(dtype).view(shape)
 
     def _pack(
         self, layer: PooledExperts, role: int, views: ExpertWeights, first: int, count: int

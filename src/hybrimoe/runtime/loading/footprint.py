@@ -100,8 +100,8 @@ class Footprint:
         return self.stored * BOOKS_BYTES + (STAGING_BYTES if self.streams else arriving)
 
     def left_bytes(self) -> int:
-        """What loading leaves behind: malloc keeps its staging or gives it back, by chance."""
-        return self.stored * BOOKS_BYTES + STAGING_BYTES // 2
+        """What loading leaves behind."""
+        return self.stored * BOOKS_BYTES
 
     def streamed_bytes(self, weights: str) -> int:
         """The most that loading takes when experts are packed on arrival."""
