@@ -37,6 +37,7 @@ LEAST = 0.35
 AHEAD = 8
 """Reads ordered on forecasts at a time."""
 NOTHING = (-1, -1, -1)
+Foresee = Callable[[], Sequence[Forecast]]
 
 
 class DiskTier:
@@ -75,19 +76,20 @@ class DiskTier:
         if self.timeline.spans is not None:
             self.timeline.spans.clear()
 
-    def run(self, job: Job, forecasts: Sequence[Forecast] = ()) -> None:
+    def run(self, job: Job, foresee: Foresee = lambda: ()) -> None:
         """`run_layer` for a layer on disk, in as many parts as RAM asks for.
 
         Parts follow each other in rising order of experts, so that the output has the very bits that
-        it has with all experts in RAM. forecasts: of what the next layer will ask for; without them
-        the tier makes its own. Raises DiskReadError.
+        it has with all experts in RAM. foresee: says what the next layer will ask for, while the
+        disk reads for this one; where it says nothing the tier makes forecasts of its own. Raises
+        DiskReadError.
         """
         with self._entered():
             load = load_of(job)
             self._observe(load)
             held: set[int] = set()
             try:
-                self._run(job, load, held, forecasts)
+                self._run(job, load, held, foresee)
             finally:
                 self._release(held)
 
@@ -169,15 +171,15 @@ class DiskTier:
         self.reader.close()
         self.backing.close()
 
-    def _run(self, job: Job, load: Load, held: set[int], forecasts: Sequence[Forecast]) -> None:
+    def _run(self, job: Job, load: Load, held: set[int], foresee: Foresee) -> None:
         index, waiting = job.number, deque(np.sort(load.experts).tolist())
         free = self.cache.slots - int(np.count_nonzero(self.cache.references))
         # While one half of the slots computes, the other one is filled.
         half = max(free // 2, 1)
         part = self._claim(index, waiting, len(waiting) if len(waiting) <= free else half, held)
         if not waiting:
+            self._look_ahead(load, foresee)
             self._await(index, part)
-            self._look_ahead(load, forecasts)
             self._compute(job, job.shards)
             return
         wide, is_first = in_float32(job), True
@@ -316,20 +318,23 @@ class DiskTier:
         self.cache.arrival[slot] = 0.0
         del self._reads[slot]
 
-    def _look_ahead(self, load: Load, forecasts: Sequence[Forecast]) -> None:
-        """Read what the next layer will probably use, while this one computes."""
-        if self.cache.crowded:
+    def _look_ahead(self, load: Load, foresee: Foresee) -> None:
+        """Order what the next layer will probably use, behind all that this one waits for."""
+        if self.cache.crowded or not (self.cache.slot[load.layer + 1 : load.layer + 2] < 0).any():
             return  # ids of single tokens say little of a prompt
-        forecasts = forecasts or self.forecaster.forecast(load.layer)
+        forecasts = foresee() or self.forecaster.forecast(load.layer)
         self.trust.expect(load.layer, forecasts)
         factor, cache = min(self.trust.factor(0), 1.0), self.cache
         for forecast in forecasts:
             chances = (forecast.probability * factor).tolist()
             for expert, chance in zip(forecast.experts.tolist(), chances):
-                if chance < LEAST or len(self._reads) >= AHEAD:
+                if chance < LEAST or self._ordered_ahead() >= AHEAD:
                     return
                 if cache.slot[forecast.layer, expert] < 0:
                     self._guess(forecast.layer, expert, chance, forecast.experts)
+
+    def _ordered_ahead(self) -> int:
+        return sum(not read.urgent for read in self._reads.values())
 
     def _guess(self, layer: int, expert: int, chance: float, keep: np.ndarray) -> None:
         slot, _ = self.cache.victim(layer, keep)
