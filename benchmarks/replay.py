@@ -1,13 +1,21 @@
-"""Routing that a benchmark gives a model in place of its own routers, whose weights are random."""
+"""Models with random weights for benchmarks, and routing in place of their routers', which is random too."""
 
+import gc
 import itertools
+import shutil
+import sys
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
+import hybrimoe
 from hybrimoe.policy.routing import RoutingTrace
 from hybrimoe.policy.synthesis import synthesise
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+import generated
 
 LRU_HITS = 0.45
 """How often LRU hits at 25 %: what the paper says of Qwen2-57B-A14B, the nearest to this shape."""
@@ -44,6 +52,21 @@ class Replayed:
         said = torch.from_numpy(logits.astype(np.float32))[None]
         weights, ids = torch.topk(torch.softmax(said, -1), self.trace.top_k)
         return said, (weights / weights.sum()).to(hidden.dtype), ids
+
+
+def generated_model(folder: Path, layers: int, hidden: int, inner: int, experts: int) -> Path:
+    """A Qwen3 MoE model with random weights, its experts packed as int4; made once per folder."""
+    packed = folder / "packed"
+    if not (packed / "hybrimoe.json").exists():
+        plain = folder / "plain"
+        config = generated.configuration(layers, hidden, inner, experts, 512)
+        generated.write(plain, config, 4 * layers)
+        model = hybrimoe.from_pretrained(plain, weights="int4", device="cpu")
+        hybrimoe.save_packed(model, packed)
+        del model
+        shutil.rmtree(plain)
+        gc.collect()
+    return packed
 
 
 def replay(model: nn.Module, trace: RoutingTrace) -> None:

@@ -165,6 +165,28 @@ def test_a_forecast_takes_no_slot_of_what_is_used_more_often(tier):
     assert found.to_dict()["forecast"] == 0
 
 
+def test_forecasts_are_asked_for_only_where_something_is_missing_now_and_then(tier):
+    found, disk = tier(20)
+    asked = []
+    for step in range(200):
+        found.run(make_job(disk, 0, [[0, 1]]), lambda: asked.append(step) or [])
+        found.run(make_job(disk, 1, [[0, 1]]))
+    assert asked[:3] == [0, 1, 2]
+    assert 100 > asked[-1]
+
+    for layer, ids in routings(60):
+        found.run(make_job(disk, layer, ids), lambda: asked.append("again") or [])
+    assert asked[-1] == "again"
+
+
+def test_nobody_is_asked_about_a_layer_that_is_all_there_or_not_there_at_all(tier):
+    found, disk = tier(20)
+    found.run(make_job(disk, 1, PROMPT))
+
+    for layer in (0, LAYERS - 1):
+        found.run(make_job(disk, layer, [[0, 1]]), lambda: pytest.fail("asked"))
+
+
 # Held slots.
 
 

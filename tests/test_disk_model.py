@@ -168,6 +168,42 @@ def test_a_checkpoint_is_packed_onto_the_disk_and_can_be_saved_from_there(tmp_pa
         ]
 
 
+def test_on_the_cpu_the_next_router_says_what_to_read(expected):
+    model = hybrimoe.wrap(load(), device="cpu", ram=0.25)
+    seen, foresight = [], model.hybrimoe.pool.foresight
+    real = foresight.forecasts
+    foresight.forecasts = lambda *arguments: seen.extend(real(*arguments)) or seen[-1:]
+
+    assert same(answer(model), expected(device="cpu"))
+    assert {found.layer for found in seen} == {1, 2}
+    disk = model.hybrimoe.stats()["disk"]
+    assert disk["forecast_used"] > 0.5 * disk["forecast"] > 10
+
+
+def test_routers_keep_nothing_of_a_call_and_lose_their_hooks(expected):
+    model = hybrimoe.wrap(load(), device="cpu", ram=0.25)
+    seats = model.hybrimoe.pool.foresight.seats
+    answer(model)
+    assert all(seat._seen.args == () and seat._seen.output is None for seat in seats)
+    assert any(seat.router._forward_hooks for seat in seats)
+
+    hybrimoe.unwrap(model)
+    assert not any(seat.router._forward_hooks for seat in seats)
+
+
+def test_a_model_on_disk_compiles_as_one_graph_with_equal_output():
+    model = hybrimoe.wrap(load(), device="cpu", ram=0.25)
+    ids = torch.arange(12)[None]
+    torch.compiler.reset()
+    try:
+        with torch.no_grad():
+            wanted = model(ids).logits
+            found = torch.compile(model, backend="eager", fullgraph=True)(ids).logits
+    finally:
+        torch.compiler.reset()
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_where_direct_reads_are_refused_results_are_the_same(expected, monkeypatch):
     monkeypatch.setattr(backing, "_set_direct", lambda file: False)
     model = hybrimoe.wrap(load(), device="cpu", ram=0.25)

@@ -36,6 +36,8 @@ LEAST = 0.35
 """A forecast less probable than this is not worth a read, which may hold up one that is waited for."""
 AHEAD = 8
 """Reads ordered on forecasts at a time."""
+RARE = 0.25
+"""Absent experts per layer below which a router asked early, 0.4 ms, costs more than it saves."""
 NOTHING = (-1, -1, -1)
 Foresee = Callable[[], Sequence[Forecast]]
 
@@ -64,6 +66,7 @@ class DiskTier:
         self._guesses: dict[int, int] = {}  # slot and stamp of forecast experts not yet asked for
         self._lent: list[int] = []
         self._counted: set[tuple[int, int]] = set()  # what of the layer at hand `want` has counted
+        self._absent = 1.0  # experts per layer that RAM lacked of late, but for forecasts
         self._is_sound = True  # whether the last call came to its end
         self.reset()
 
@@ -85,13 +88,14 @@ class DiskTier:
         DiskReadError.
         """
         with self._entered():
-            load = load_of(job)
+            load, before = load_of(job), self.misses + self.guesses_used
             self._observe(load)
             held: set[int] = set()
             try:
                 self._run(job, load, held, foresee)
             finally:
                 self._release(held)
+            self._absent += 0.02 * (self.misses + self.guesses_used - before - self._absent)
 
     def want(self, layer: int, experts: Iterable[int]) -> None:
         """Have absent experts read, as far as there are slots; somebody will ask for them next."""
@@ -322,7 +326,7 @@ class DiskTier:
         """Order what the next layer will probably use, behind all that this one waits for."""
         if self.cache.crowded or not (self.cache.slot[load.layer + 1 : load.layer + 2] < 0).any():
             return  # ids of single tokens say little of a prompt
-        forecasts = foresee() or self.forecaster.forecast(load.layer)
+        forecasts = (foresee() if self._absent > RARE else ()) or self.forecaster.forecast(load.layer)
         self.trust.expect(load.layer, forecasts)
         factor, cache = min(self.trust.factor(0), 1.0), self.cache
         for forecast in forecasts:
