@@ -1,4 +1,4 @@
-"""Models with random weights for benchmarks, and routing in place of their routers', which is random too."""
+"""Generated models for benchmarks, and routing in place of what their random routers say."""
 
 import gc
 import itertools

@@ -168,15 +168,20 @@ def test_a_forecast_takes_no_slot_of_what_is_used_more_often(tier):
 def test_forecasts_are_asked_for_only_where_something_is_missing_now_and_then(tier):
     found, disk = tier(20)
     asked = []
-    for step in range(200):
-        found.run(make_job(disk, 0, [[0, 1]]), lambda: asked.append(step) or [])
-        found.run(make_job(disk, 1, [[0, 1]]))
-    assert asked[:3] == [0, 1, 2]
-    assert 100 > asked[-1]
 
+    def foresee():
+        asked.append(True)
+        return []
+
+    for _ in range(200):
+        found.run(make_job(disk, 0, [[0, 1]]), foresee)
+        found.run(make_job(disk, 1, [[0, 1]]))
+    assert 0 < len(asked) < 100
+
+    asked.clear()
     for layer, ids in routings(60):
-        found.run(make_job(disk, layer, ids), lambda: asked.append("again") or [])
-    assert asked[-1] == "again"
+        found.run(make_job(disk, layer, ids), foresee)
+    assert asked
 
 
 def test_nobody_is_asked_about_a_layer_that_is_all_there_or_not_there_at_all(tier):
