@@ -75,7 +75,7 @@ def ensure_wrap_fits(
     elif left > top_k * padded(max(size for _, size, _ in layers)) // MIB:
         nearest = f"ram='{left}MiB' fits, with the other experts on disk"
     else:
-        nearest = "hybrimoe.from_pretrained packs experts while it loads, without the whole model in memory"
+        nearest = "hybrimoe.from_pretrained packs experts while it loads, without the whole model"
     what = f"wrapping {type(model).__name__} with weights={weights!r}"
     ensure_host_fits(need, what, nearest, have)
 
