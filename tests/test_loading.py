@@ -37,6 +37,7 @@ from hybrimoe import (
     UnsupportedModelError,
 )
 from hybrimoe.kernels.layout import expert_layout
+from hybrimoe.runtime.adapters import find_experts
 from hybrimoe.runtime.loading import footprint, load_memory
 from hybrimoe.runtime.loading.arrivals import Arrivals
 from hybrimoe.runtime.loading.host import MARGIN, HostMemory
@@ -415,6 +416,66 @@ def test_packed_files_fit_in_their_own_format_or_partly_on_disk(monkeypatch, tmp
 
     with pytest.raises(InsufficientMemoryError, match=r"weights='int8' needs 14\..*; ram='\d+MiB'"):
         hybrimoe.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("weights", ["native", "int4"])
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_the_budget_of_ram_in_the_message_loads_a_model_that_works(
+    monkeypatch, tmp_path, weights, is_packed
+):
+    wanted = hybrimoe.from_pretrained(TINY_MOE, weights=weights, device="cpu")
+    hybrimoe.save_packed(wanted, tmp_path)
+    load = functools.partial(hybrimoe.from_pretrained, tmp_path if is_packed else TINY_MOE)
+    settings = {} if is_packed else {"weights": weights}
+    memory = HostMemory(MARGIN, "a test")
+    monkeypatch.setattr(load_memory, "host_memory", lambda **_: memory)
+    with pytest.raises(InsufficientMemoryError) as refused:
+        load(**settings)
+    memory = memory._replace(free=MARGIN + refused.value.need - (2 << 20))
+    monkeypatch.setattr(load_memory, "WEIGHTS", ())  # that another format fits is tested above
+    with pytest.raises(
+        InsufficientMemoryError, match=r"; ram='\d+MiB' fits, with the other"
+    ) as refused:
+        load(**settings)
+    assert refused.value.need == refused.value.have + (2 << 20)
+    assert refused.value.nearest in str(refused.value)
+
+    ram = re.search(r"ram='(\d+MiB)'", refused.value.nearest).group(1)
+    model = load(ram=ram, device="cpu", **settings)
+    ids = torch.arange(24)[None]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, wanted(ids).logits)
+    assert model.hybrimoe.stats()["disk"]["slots"] > 0
+
+
+def test_another_format_and_a_budget_of_ram_are_both_named_where_both_fit(monkeypatch):
+    enlarge(monkeypatch, 16 << 30)
+
+    with pytest.raises(InsufficientMemoryError, match=r"'int8' fits, and ram='\d+MiB' fits, with"):
+        hybrimoe.from_pretrained(TINY_MOE)
+
+
+def test_wrap_names_the_format_or_the_budget_of_ram_that_fits(monkeypatch, model):
+    enlarge(monkeypatch, 16 << 30)
+    with pytest.raises(
+        InsufficientMemoryError, match=r"'native' needs 27\..*; weights='int8' fits"
+    ):
+        hybrimoe.wrap(model)
+    enlarge(monkeypatch, 4 << 30)
+    with pytest.raises(
+        InsufficientMemoryError, match=r"; ram='\d+MiB' fits, with the other"
+    ) as refused:
+        hybrimoe.wrap(model, weights="int4")
+    assert not hasattr(model, "hybrimoe")
+
+    ram = re.search(r"ram='(\d+)MiB'", refused.value.nearest).group(1)
+    found = find_experts(model)
+    load_memory.ensure_wrap_fits(model, found, "int4", f"{ram}MiB")
+    with pytest.raises(InsufficientMemoryError, match=rf"; ram='{ram}MiB' fits"):
+        load_memory.ensure_wrap_fits(model, found, "int4", f"{int(ram) + 30}MiB")
+    enlarge(monkeypatch, 1 << 20)
+    with pytest.raises(InsufficientMemoryError, match=r"; hybrimoe\.from_pretrained packs experts"):
+        hybrimoe.wrap(model, weights="int4")
 
 
 def test_the_check_agrees_with_the_plan(monkeypatch):

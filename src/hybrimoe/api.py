@@ -31,6 +31,7 @@ from hybrimoe.runtime.devices.cuda import TorchAccelerator
 from hybrimoe.runtime.devices.device import Accelerator, EmulatedAccelerator
 from hybrimoe.runtime.devices.memory import kv_bytes
 from hybrimoe.runtime.experts import PooledExperts
+from hybrimoe.runtime.foresight import Foresight
 from hybrimoe.runtime.guards import Guards, ensure_unwrap_fits, refuse_copy, refuse_pickle
 from hybrimoe.runtime.hybrid import Hybrid
 from hybrimoe.runtime.linears import PackedLinear, find_linears
@@ -146,6 +147,12 @@ class Runtime:
             layer.early = EarlyExperts.beside(model, layer.name)
             layer.early.install()
 
+    def foresee(self, model: nn.Module) -> None:
+        """From now on, routers are asked early for what to read from the disk."""
+        seats = seats_of(model, [layer.name for layer in self.layers])
+        experts = max(len(layer.packed.blobs) for layer in self.layers)
+        self.pool.foresight = Foresight(seats, experts)
+
     def guard(self, model: nn.Module) -> None:
         """Refuse from now on what would break the experts."""
         dtypes = {layer.dtype for layer in self.layers}
@@ -158,6 +165,8 @@ class Runtime:
             hook.remove()
         if self.hybrid is not None:
             self.hybrid.intake.close()
+        if self.pool.foresight is not None:
+            self.pool.foresight.close()
         for layer in self.layers:
             if layer.early is not None:
                 layer.early.remove()
@@ -232,6 +241,8 @@ def complete(runtime: Runtime, model: nn.Module) -> None:
         if accelerator is not None:
             move_dense(model, accelerator.compute_device)  # first: experts get what is left
             runtime.share(model, accelerator)
+        elif runtime.pool.tier is not None:
+            runtime.foresee(model)
         if runtime.config.linear is not None:
             runtime.pack_linears(model, runtime.config.linear)
         runtime.guard(model)

@@ -213,7 +213,7 @@ class TorchExecutor:
             run_layer(layer, *arrays, threads=self.threads, shards=shards)
         else:
             job = Job(index, layer, *arrays, threads=self.threads, shards=shards)
-            self.pool.tier.run(job, self._absent(self.forecasts[:1]))
+            self.pool.tier.run(job, lambda: self._absent(self.forecasts[:1]))
         return self.accelerator.upload(out)
 
     def _order(self, move: Move) -> None:

@@ -144,9 +144,18 @@ class PooledExperts(Rooted):
         if self.pool.tier is None:
             run_layer(self.packed, *arrays, *how)
         else:
-            self.pool.tier.run(Job(self.index, self.packed, *arrays, *how))
+            self._run_from_disk(Job(self.index, self.packed, *arrays, *how), ids, weights)
         self.stats.record(self.index, experts, time.perf_counter() - started)
         return out
+
+    def _run_from_disk(self, job: Job, ids: Tensor, weights: Tensor) -> None:
+        tier, foresight = self.pool.tier, self.pool.foresight
+        assert tier is not None
+        assert foresight is not None
+        try:
+            tier.run(job, lambda: foresight.forecasts(self.index, ids, weights))
+        finally:
+            foresight.forget(self.index)
 
     def _shared(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The layer on CPU and accelerator together, by the engine's plan; sums in float32."""

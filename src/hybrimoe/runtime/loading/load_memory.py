@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import replace
@@ -15,6 +16,7 @@ from hybrimoe.runtime.adapters import FoundExperts, top_k_of
 from hybrimoe.runtime.loading.footprint import Footprint, footprint_to_load
 from hybrimoe.runtime.loading.host import MARGIN, ensure_host_fits, host_memory
 from hybrimoe.runtime.loading.skeleton import kept_dtypes, packs_on_arrival
+from hybrimoe.runtime.storage.backing import padded
 from hybrimoe.runtime.storage.tier_sizes import TierSizes, tier_sizes
 from hybrimoe.runtime.storage.tiers import shape_of
 
@@ -47,7 +49,9 @@ def ensure_fits(
     if is_packed or ram is not None:
         others = []
     fits = [choice for choice in others if _peak(footprint, choice, None) <= room]
-    nearest = f"weights={fits[0]!r} fits" if fits else _on_disk(footprint, weights, room)
+    nearest = _on_disk(footprint, weights, room)
+    if fits:
+        nearest = f"weights={fits[0]!r} fits" + (f", and {nearest}" if "ram=" in nearest else "")
     what = f"loading {type(model).__name__} with weights={weights!r}"
     ensure_host_fits(need, what, nearest, have)
 
@@ -60,20 +64,20 @@ def ensure_wrap_fits(
     Each layer gives back its weights once they are packed, so the most is needed at the first one,
     or at the last where the packed experts are the larger ones.
     """
-    layers = [shape_of(item, weights) for item in found]
-    sizes = None if ram is None else tier_sizes(ram, layers, top_k_of(model))
-    most = packed = given = 0
-    for item, (count, size) in zip(found, layers):
-        kept = packed if sizes is None else min(packed, sizes.slots * sizes.slot_bytes)
-        most = max(most, kept + count * size - given)
-        packed += count * size
-        given += sum(tensor.nbytes for tensor in _parameters(item))
-    ensure_host_fits(
-        most,
-        f"wrapping {type(model).__name__} with weights={weights!r}",
-        "hybrimoe.from_pretrained packs experts while it loads, without the whole model in memory",
-        host_memory(),
-    )
+    layers, have = _to_wrap(found, weights), host_memory()
+    top_k, room = top_k_of(model), have.free - MARGIN
+    sizes = None if ram is None else tier_sizes(ram, [layer[:2] for layer in layers], top_k)
+    need = _wrap_peak(layers, math.inf if sizes is None else sizes.slots * sizes.slot_bytes)
+    fits = [w for w in WEIGHTS if _wrap_peak(_to_wrap(found, w), math.inf) <= room]
+    left = _slots_left(layers, room) // MIB
+    if fits and ram is None:
+        nearest = f"weights={fits[0]!r} fits"
+    elif left > top_k * padded(max(size for _, size, _ in layers)) // MIB:
+        nearest = f"ram='{left}MiB' fits, with the other experts on disk"
+    else:
+        nearest = "hybrimoe.from_pretrained packs experts while it loads, without the whole model"
+    what = f"wrapping {type(model).__name__} with weights={weights!r}"
+    ensure_host_fits(need, what, nearest, have)
 
 
 def own_memory(model: nn.Module) -> None:
@@ -116,6 +120,29 @@ def _on_disk(footprint: Footprint, weights: str, room: int) -> str:
     if left <= least:
         return "no format of the experts fits, not even with most of them on disk"
     return f"ram='{left}MiB' fits, with the other experts on disk"
+
+
+def _to_wrap(found: list[FoundExperts], weights: str) -> list[tuple[int, int, int]]:
+    """Of each layer: its experts, the bytes of a packed one, and the bytes it gives back."""
+    given = [sum(tensor.nbytes for tensor in _parameters(item)) for item in found]
+    return [(*shape_of(item, weights), own) for item, own in zip(found, given)]
+
+
+def _wrap_peak(layers: list[tuple[int, int, int]], slots: float) -> int:
+    """The most that packing one layer after the other takes, if so many bytes of experts stay."""
+    most = packed = freed = 0
+    for count, size, own in layers:
+        most = max(most, int(min(packed, slots)) + count * size - freed)
+        packed, freed = packed + count * size, freed + own
+    return most
+
+
+def _slots_left(layers: list[tuple[int, int, int]], room: int) -> int:
+    """The most bytes of experts that may stay in RAM while each layer is packed in turn."""
+    left, freed = room, 0
+    for count, size, own in layers:
+        left, freed = min(left, room - count * size + freed), freed + own
+    return left
 
 
 def _sizes(footprint: Footprint, weights: str, ram: int | float | str) -> TierSizes | None:

@@ -63,10 +63,10 @@ class Backing:
                 f"spill={str(self.folder)!r} needs {nbytes} bytes for the experts beyond ram, its disk "
                 f"has {free} free; name a folder on a larger one"
             )
-        with tempfile.TemporaryFile(dir=self.folder, buffering=0) as file:
-            self._spill = os.dup(file.fileno())
-        self._files.append(self._spill)
         try:
+            with tempfile.TemporaryFile(dir=self.folder, buffering=0) as file:
+                self._spill = os.dup(file.fileno())
+            self._files.append(self._spill)
             if hasattr(os, "posix_fallocate") and nbytes:
                 os.posix_fallocate(self._spill, 0, nbytes)
         except OSError as error:
@@ -96,16 +96,26 @@ class Backing:
         self.places[layer] = place
 
     def adopt(self, layer: int, path: Path, offset: int, blobs: np.ndarray) -> None:
-        """Read a layer of this shape from a file that is there already."""
+        """Read a layer of this shape from a file that is there already; raises DiskReadError."""
         flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-        file = os.open(path, flags)
+        try:
+            file = os.open(path, flags)
+        except OSError as error:
+            raise DiskReadError(f"{os.strerror(error.errno or 0)} when opened", path) from error
         self._files.append(file)
         self.places[layer] = Place(file, str(path), offset, blobs.shape[1], *blobs.shape)
 
     def open_direct(self) -> None:
-        """From now on, reads go past the page cache; where a file system refuses, they leave none."""
-        for file in self._files:
-            self.is_direct = self.is_direct and _set_direct(file)
+        """From now on, reads go past the page cache; where a file system refuses, they leave none.
+
+        Raises DiskReadError if not even the first page can be read.
+        """
+        for place in self.places.values():
+            try:
+                self.is_direct = self.is_direct and _set_direct(place.file)
+            except OSError as error:
+                reason = f"{os.strerror(error.errno or 0)} while its first page was read"
+                raise DiskReadError(reason, place.path) from error
         if not self.is_direct:
             for file in self._files:
                 _clear_direct(file)

@@ -36,7 +36,10 @@ LEAST = 0.35
 """A forecast less probable than this is not worth a read, which may hold up one that is waited for."""
 AHEAD = 8
 """Reads ordered on forecasts at a time."""
+RARE = 0.25
+"""Absent experts per layer below which a router asked early, 0.4 ms, costs more than it saves."""
 NOTHING = (-1, -1, -1)
+Foresee = Callable[[], Sequence[Forecast]]
 
 
 class DiskTier:
@@ -63,6 +66,7 @@ class DiskTier:
         self._guesses: dict[int, int] = {}  # slot and stamp of forecast experts not yet asked for
         self._lent: list[int] = []
         self._counted: set[tuple[int, int]] = set()  # what of the layer at hand `want` has counted
+        self._absent = 1.0  # experts per layer that RAM lacked of late, but for forecasts
         self._is_sound = True  # whether the last call came to its end
         self.reset()
 
@@ -75,21 +79,23 @@ class DiskTier:
         if self.timeline.spans is not None:
             self.timeline.spans.clear()
 
-    def run(self, job: Job, forecasts: Sequence[Forecast] = ()) -> None:
+    def run(self, job: Job, foresee: Foresee = lambda: ()) -> None:
         """`run_layer` for a layer on disk, in as many parts as RAM asks for.
 
         Parts follow each other in rising order of experts, so that the output has the very bits that
-        it has with all experts in RAM. forecasts: of what the next layer will ask for; without them
-        the tier makes its own. Raises DiskReadError.
+        it has with all experts in RAM. foresee: says what the next layer will ask for, while the
+        disk reads for this one; where it says nothing the tier makes forecasts of its own. Raises
+        DiskReadError.
         """
         with self._entered():
-            load = load_of(job)
+            load, before = load_of(job), self.misses + self.guesses_used
             self._observe(load)
             held: set[int] = set()
             try:
-                self._run(job, load, held, forecasts)
+                self._run(job, load, held, foresee)
             finally:
                 self._release(held)
+            self._absent += 0.02 * (self.misses + self.guesses_used - before - self._absent)
 
     def want(self, layer: int, experts: Iterable[int]) -> None:
         """Have absent experts read, as far as there are slots; somebody will ask for them next."""
@@ -169,15 +175,15 @@ class DiskTier:
         self.reader.close()
         self.backing.close()
 
-    def _run(self, job: Job, load: Load, held: set[int], forecasts: Sequence[Forecast]) -> None:
+    def _run(self, job: Job, load: Load, held: set[int], foresee: Foresee) -> None:
         index, waiting = job.number, deque(np.sort(load.experts).tolist())
         free = self.cache.slots - int(np.count_nonzero(self.cache.references))
         # While one half of the slots computes, the other one is filled.
         half = max(free // 2, 1)
         part = self._claim(index, waiting, len(waiting) if len(waiting) <= free else half, held)
         if not waiting:
+            self._look_ahead(load, foresee)
             self._await(index, part)
-            self._look_ahead(load, forecasts)
             self._compute(job, job.shards)
             return
         wide, is_first = in_float32(job), True
@@ -316,20 +322,25 @@ class DiskTier:
         self.cache.arrival[slot] = 0.0
         del self._reads[slot]
 
-    def _look_ahead(self, load: Load, forecasts: Sequence[Forecast]) -> None:
-        """Read what the next layer will probably use, while this one computes."""
-        if self.cache.crowded:
+    def _look_ahead(self, load: Load, foresee: Foresee) -> None:
+        """Order what the next layer will probably use, behind all that this one waits for."""
+        if self.cache.crowded or not (self.cache.slot[load.layer + 1 : load.layer + 2] < 0).any():
             return  # ids of single tokens say little of a prompt
-        forecasts = forecasts or self.forecaster.forecast(load.layer)
+        forecasts = (foresee() if self._absent > RARE else ()) or self.forecaster.forecast(
+            load.layer
+        )
         self.trust.expect(load.layer, forecasts)
         factor, cache = min(self.trust.factor(0), 1.0), self.cache
         for forecast in forecasts:
             chances = (forecast.probability * factor).tolist()
             for expert, chance in zip(forecast.experts.tolist(), chances):
-                if chance < LEAST or len(self._reads) >= AHEAD:
+                if chance < LEAST or self._ordered_ahead() >= AHEAD:
                     return
                 if cache.slot[forecast.layer, expert] < 0:
                     self._guess(forecast.layer, expert, chance, forecast.experts)
+
+    def _ordered_ahead(self) -> int:
+        return sum(not read.urgent for read in self._reads.values())
 
     def _guess(self, layer: int, expert: int, chance: float, keep: np.ndarray) -> None:
         slot, _ = self.cache.victim(layer, keep)
