@@ -21,11 +21,9 @@ from hybrimoe.errors import (
     ConfigError,
     InsufficientMemoryError,
 )
-from hybrimoe.policy.cost import CostModel
 from hybrimoe.runtime.adapters import find_experts
 from hybrimoe.runtime.loading.host import host_memory
 from hybrimoe.runtime.loading.tracing import forward_memory, storage_bytes
-from hybrimoe.speed import expected_speed
 from paths import TINY_MOE
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -310,32 +308,6 @@ def test_a_gpu_that_is_too_small_is_said_so(tmp_path, monkeypatch, free, nearest
     assert call in found.call
 
 
-def test_speed_comes_from_this_machines_calibration_if_there_is_one(monkeypatch):
-    def kept(key):
-        return CostModel(1e-5, 1e-3, 1e-5, 1, 1, 0, 0, 1, 4096, 1, 1, source="measured here")
-
-    monkeypatch.setattr("hybrimoe.speed.kept", lambda key: None)
-    shipped = hybrimoe.plan(TINY_MOE).speed
-    assert not shipped.measured
-    assert "shipped desktop profile" in shipped.source
-
-    monkeypatch.setattr("hybrimoe.speed.kept", kept)
-    measured = hybrimoe.plan(TINY_MOE).speed
-    assert (measured.measured, measured.source, measured.bound) == (True, "measured here", "DRAM")
-    assert measured.decode_tokens_s < shipped.decode_tokens_s
-
-
-def test_more_slots_on_a_gpu_are_expected_to_be_faster(checkpoint):
-    speeds = [
-        hybrimoe.plan(checkpoint, vram=share, weights="int4").speed for share in (0.1, 0.5, 1.0)
-    ]
-    rates = [speed.decode_tokens_s for speed in speeds]
-
-    assert rates == sorted(rates)
-    assert {speed.bound for speed in speeds} <= {"DRAM", "the CPU", "the GPU", "the link"}
-    assert expected_speed.__doc__
-
-
 def test_text_table_and_dict_say_the_same():
     found = hybrimoe.plan(TINY_MOE, vram="3MiB")
     text, table = str(found), found._repr_html_()
@@ -490,6 +462,6 @@ def test_a_plan_in_a_small_cgroup_is_refused(monkeypatch, tmp_path):
         "sys/fs/cgroup/memory.current": "0",
     }
     have = host_memory(tree(tmp_path, files))
-    monkeypatch.setattr(hybrimoe.memory_plan, "host_memory", lambda: have)
+    monkeypatch.setattr(hybrimoe.memory_plan, "host_memory", lambda **_: have)
     with pytest.raises(InsufficientMemoryError, match=r"cgroup limit of 260\.0 MiB"):
         hybrimoe.plan(TINY_MOE).ensure_fits()
