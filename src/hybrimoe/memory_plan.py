@@ -12,7 +12,12 @@ from torch import nn
 from hybrimoe import plan_text
 from hybrimoe.checkpoint_headers import Checkpoint, count_gguf, read_checkpoint
 from hybrimoe.config import WEIGHTS
-from hybrimoe.errors import ConfigError, InsufficientMemoryError, WrappedModelError
+from hybrimoe.errors import (
+    CheckpointNotFoundError,
+    ConfigError,
+    InsufficientMemoryError,
+    WrappedModelError,
+)
 from hybrimoe.placement import Budget, Placement, choose, nearest, place
 from hybrimoe.policy.sizes import parse_size
 from hybrimoe.runtime.loading.footprint import Footprint, footprint_of
@@ -46,11 +51,12 @@ class MemoryPlan:
     """Where the bytes of a model go on this machine, and whether they fit. Bytes and seconds.
 
     parts: dense, experts, kv_cache, activations, workspace. layers: packed experts by layer. weights:
-    how experts are kept, "mixed" where that differs; kept: the same by layer.
-    gpu, ram: what lies where once the model runs. load_peak_bytes, steady_bytes: host memory while
-    it loads, and while `context` tokens are generated; have_bytes: what can be had.
-    gpu_have_bytes: None without a GPU. traced: cache and activations were counted on the model
-    itself, not estimated. call: what to run, or what fits instead; empty where nothing does.
+    how experts are kept, "mixed" where that differs; kept: the same by layer. gpu, ram: what lies
+    where once the model runs. load_peak_bytes, steady_bytes: host memory while it loads, and while
+    `context` tokens are generated; plain_bytes: what plain transformers would take; have_bytes:
+    what can be had. gpu_have_bytes: None without a GPU. traced: cache and activations were counted
+    on the model itself, not estimated. call: what to run, or what fits instead; empty where
+    nothing does.
     """
 
     model: str
@@ -67,6 +73,7 @@ class MemoryPlan:
     ram: dict[str, int]
     load_peak_bytes: int
     steady_bytes: int
+    plain_bytes: int
     have_bytes: int
     have_limit: str
     gpu_have_bytes: int | None
@@ -224,16 +231,24 @@ def _of_gguf(
 ) -> MemoryPlan:
     from hybrimoe.runtime.loading.gguf_file import open_gguf  # much of transformers comes with it
 
-    opened = open_gguf(
-        name, {"gguf_file": gguf_file, "revision": revision, "local_files_only": True}
-    )
+    place = {"revision": revision, "local_files_only": True}
+    try:
+        opened = open_gguf(name, {"gguf_file": gguf_file, **place})
+    except CheckpointNotFoundError as error:
+        if name.startswith((".", "/", "~")) or Path(name).exists():
+            raise
+        raise CheckpointNotFoundError(
+            f"{name}/{gguf_file} is not in the cache, and plan reads the header of a GGUF file from "
+            f"the disk; fetch it first: hf download {name} {gguf_file}"
+        ) from error
     counted = replace(footprint_of(opened.skeleton, context), stored=len(opened.dense))
     footprint = counted.keeping(prescribed(opened.layers))
     footprint = replace(footprint, tiered=counted.keeping(prescribed(opened.layers, True)))
     names = sorted({layer.kept or "" for layer in footprint.layers})
     format_name = names[0] if len(names) == 1 else "mixed"
-    place = "" if revision is None else f", revision={revision!r}"
-    call = f"from_pretrained({name!r}, gguf_file={gguf_file!r}{place}"
+    call = f"from_pretrained({name!r}, gguf_file={gguf_file!r}"
+    if revision is not None:
+        call += f", revision={revision!r}"
     plan = _assemble(name, opened.skeleton, footprint, budget, None, call, (format_name,))
     held = sum(tensor.nbytes for layer in opened.layers.values() for tensor in layer)
     notes = _larger_note(held, plan.parts["experts"])
@@ -295,6 +310,7 @@ def _assemble(
         ram=chosen.ram,
         load_peak_bytes=chosen.load_peak,
         steady_bytes=chosen.steady,
+        plain_bytes=footprint.plain_bytes,
         have_bytes=budget.room,
         have_limit=budget.host.limit,
         gpu_have_bytes=budget.gpu_free,

@@ -97,6 +97,13 @@ class Footprint:
         return sum(layer.native_bytes for layer in self.layers)
 
     @property
+    def plain_bytes(self) -> int:
+        """The most that plain transformers takes: it merges a layer's experts while it loads."""
+        loading = max(layer.native_bytes for layer in self.layers)
+        running = self.forward.cache_bytes + self.activation_bytes
+        return self.dense_bytes + self.native_bytes + max(loading, running)
+
+    @property
     def activation_bytes(self) -> int:
         """What a prompt of `context` tokens takes besides the KV cache."""
         return round(SLACK * self.forward.activation_bytes)

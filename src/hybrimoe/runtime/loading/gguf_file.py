@@ -87,7 +87,6 @@ class GgufModel(NamedTuple):
     skeleton: on the meta device, in `dtype`. dense: all that is no expert, by the model's names.
     """
 
-    path: Path
     header: GgufHeader
     layers: dict[int, gguf_experts.Matrices]
     config: Any
@@ -133,7 +132,7 @@ def load_gguf(
     if is_format_given or config.weights != "native":
         gguf_experts.refuse_format(config.weights)
     hf_kwargs = dict(hf_kwargs)
-    path, header, layers, model_config, skeleton, dtype, dense = open_gguf(name, hf_kwargs)
+    header, layers, model_config, skeleton, dtype, dense = open_gguf(name, hf_kwargs)
     weights = gguf_experts.weights_of(layers, is_uniform=config.ram is not None)
     kept = next(iter(set(weights.values()))) if len(set(weights.values())) == 1 else "int8"
     reader = gguf_experts.ExpertsReader(header, layers, dequantize)
@@ -174,7 +173,7 @@ def open_gguf(name: str | os.PathLike[str], hf_kwargs: dict[str, Any]) -> GgufMo
     dtype = dtype_of(asked)
     skeleton = _build(config, dtype, path)
     dense = dense_tensors(skeleton, header)
-    return GgufModel(path, header, layers, config, skeleton, dtype, dense)
+    return GgufModel(header, layers, config, skeleton, dtype, dense)
 
 
 def find_file(
