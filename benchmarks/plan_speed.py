@@ -29,7 +29,7 @@ MODELS = {
     "qwen3": (4, 2048, 768, 64, 32000),
 }
 """Layers, hidden size, expert size, experts, vocabulary."""
-PROMPT, TOKENS, ROUNDS = 16, 48, 3
+PROMPT, TOKENS, ROUNDS = 16, 48, 5
 LARGE = (94, 4096, 1536, 128, 151936)  # Qwen3-235B-A22B
 
 

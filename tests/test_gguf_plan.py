@@ -158,7 +158,7 @@ def test_arguments_that_cannot_be(arguments, message, tiny, model):
 def test_a_file_that_is_nowhere(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
-        CheckpointNotFoundError, match="fetch it first: hf download nobody/x a.gguf"
+        CheckpointNotFoundError, match=r"fetch it first: hf download nobody/x a\.gguf"
     ):
         hybrimoe.plan("nobody/x", gguf_file="a.gguf")
     with pytest.raises(CheckpointNotFoundError, match="no folder with a checkpoint"):

@@ -30,7 +30,9 @@ def add_plan(commands: Any) -> None:
     parser = commands.add_parser("plan", help="will a model fit, and how fast will it be")
     add_name(parser)
     parser.add_argument("--vram", type=_size("vram"), help="for expert slots on the GPU")
-    parser.add_argument("--ram", type=_size("ram"), help="host memory to plan with (all of it)")
+    parser.add_argument(
+        "--ram", type=_size("ram"), help="host memory for the whole model (what can be had)"
+    )
     parser.add_argument("--weights", choices=WEIGHTS, help="the most precise that fits")
     parser.add_argument("--context", type=_positive, default=CONTEXT, help="tokens (%(default)s)")
     _add_json(parser, run_plan)

@@ -22,24 +22,26 @@ TOKENS = 48
 """Decoded tokens of made-up routing that a plan with a GPU is replayed on."""
 MOST_LAYERS = 24
 """Layers of that routing; a deeper model is this one longer."""
-OPERATION_S = 12e-6
+OPERATION_S = 13e-6
 """Seconds of one torch operation of transformers' code on a CPU, Python around it and the little that
 it computes included. Models of 4 and of 24 small layers differ by 1780 operations and, less their
-weights, by 21.8 ms per token on two Zen 4 cores (benchmarks/plan_speed.py). Faster cores take less."""
+weights, by 22 to 24 ms per token on two Zen 4 cores (`small` and `deep` of
+benchmarks/plan_speed.py). Faster cores take less."""
 LAUNCH_S = 5e-6
 """The host's part of one torch operation that runs on a GPU."""
 LAYER_S = 70e-6
 """Handing one layer to the expert kernels (benchmarks/overhead.py)."""
-TORCH_SHARE = {torch.bfloat16: 0.27, torch.float16: 0.6, torch.float32: 0.38}
-"""What torch's `linear` on one token reaches of the memory's read speed, by the weights' dtype: 12, 26
-and 17 of 44 GB/s on two Zen 4 cores."""
+TORCH_SHARE = {torch.bfloat16: 0.23, torch.float16: 0.55, torch.float32: 0.36}
+"""What torch's `linear` on one token reaches of the memory's read speed, by the weights' dtype: about
+10, 24 and 16 of 44 GB/s on two Zen 4 cores, the first within `wide` and `qwen3` of
+benchmarks/plan_speed.py, the others alone."""
 KERNEL_SHARE = {"int4": 0.75, "int8": 0.77, "float32": 1.0, "bfloat16": 1.0, "float16": 1.0}
 """The same of our kernels, by blob format (benchmarks/README.md)."""
 STAND_IN_CORES = 8
 """Cores of the machine behind the stand-in profile."""
-CORE_BANDWIDTH = 16e9
-"""Bytes per second that one core draws from memory (benchmarks/LOG.md): few cores reach less than
-the memory of the stand-in gives."""
+CORE_BANDWIDTH = 20e9
+"""Bytes per second that one core draws from memory: 16 to 32 GB/s on Zen 4 (benchmarks/LOG.md). Few
+cores reach less than the memory of the stand-in gives."""
 BOUNDS = {"CPU": "the CPU", "GPU": "the GPU", "LINK": "the link", "POLICY": "the host's planning"}
 
 
