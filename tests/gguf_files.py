@@ -58,8 +58,18 @@ def kind_for(kinds: Any, name: str) -> str:
     return kinds(name) if callable(kinds) else kinds
 
 
-def write(path: Path, model: nn.Module, kinds: Any, dense: str = "F32", **values: int) -> Path:
-    """A file of a model's weights. kinds: the type of experts; dense: that of matrices."""
+def write(
+    path: Path,
+    model: nn.Module,
+    kinds: Any,
+    dense: str = "F32",
+    tokenizer: tuple[list[str], list[str]] | None = None,
+    **values: int,
+) -> Path:
+    """A file of a model's weights. kinds: the type of experts; dense: that of matrices.
+
+    tokenizer: the tokens and merges of a byte-level one; None writes tokens that mean nothing.
+    """
     config = model.config
     arch = ARCHITECTURES[config.model_type]
     writer = gguf.GGUFWriter(path, arch)
@@ -77,7 +87,13 @@ def write(path: Path, model: nn.Module, kinds: Any, dense: str = "F32", **values
     writer.add_expert_count(config.num_experts)
     writer.add_expert_used_count(config.num_experts_per_tok)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_token_list([f"t{n}" for n in range(config.vocab_size)])
+    if tokenizer is None:
+        writer.add_token_list([f"t{n}" for n in range(config.vocab_size)])
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_list(tokenizer[0])
+        writer.add_token_merges(tokenizer[1])
+        writer.add_eos_token_id(0)
     for key, value in values.items():
         writer.add_uint32(f"{arch}.{key}", value)
 

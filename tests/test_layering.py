@@ -29,7 +29,7 @@ GPU_KERNELS = tuple(
     f"hybrimoe.kernels.{name}" for name in ("torch_pairs", "torch_experts", "triton_experts")
 )
 """They take tensors, because memory of a GPU has no other face."""
-PROGRAMS = {"hybrimoe.cli", "hybrimoe.commands", "hybrimoe.model_commands"}
+PROGRAMS = {f"hybrimoe.{name}" for name in ("cli", "commands", "model_commands", "named_models")}
 """They load a model and a tokenizer as any user would."""
 
 

@@ -201,7 +201,7 @@ def test_generate_refuses_what_does_not_fit_before_it_loads(capsys, monkeypatch)
         pytest.fail("the model must not be loaded")
 
     monkeypatch.setattr(
-        hybrimoe.memory_plan, "host_memory", lambda: HostMemory(300 << 20, "a test")
+        hybrimoe.memory_plan, "host_memory", lambda **_: HostMemory(300 << 20, "a test")
     )
     monkeypatch.setattr(hybrimoe, "from_pretrained", never)
     arguments = ["generate", TINY, "--prompt", "x", "--max-new-tokens", "100000"]

@@ -19,11 +19,9 @@ from hybrimoe.errors import (
     ConfigError,
     InsufficientMemoryError,
 )
-from hybrimoe.policy.cost import CostModel
 from hybrimoe.runtime.adapters import find_experts
-from hybrimoe.runtime.loading.host import host_memory
+from hybrimoe.runtime.loading.host import MARGIN, host_memory
 from hybrimoe.runtime.loading.tracing import forward_memory, storage_bytes
-from hybrimoe.speed import expected_speed
 from paths import TINY_MOE
 from processes import needs_proc, run, start
 
@@ -268,32 +266,6 @@ def test_a_gpu_that_is_too_small_is_said_so(tmp_path, monkeypatch, free, nearest
     assert call in found.call
 
 
-def test_speed_comes_from_this_machines_calibration_if_there_is_one(monkeypatch):
-    def kept(key):
-        return CostModel(1e-5, 1e-3, 1e-5, 1, 1, 0, 0, 1, 4096, 1, 1, source="measured here")
-
-    monkeypatch.setattr("hybrimoe.speed.kept", lambda key: None)
-    shipped = hybrimoe.plan(TINY_MOE).speed
-    assert not shipped.measured
-    assert "shipped desktop profile" in shipped.source
-
-    monkeypatch.setattr("hybrimoe.speed.kept", kept)
-    measured = hybrimoe.plan(TINY_MOE).speed
-    assert (measured.measured, measured.source, measured.bound) == (True, "measured here", "DRAM")
-    assert measured.decode_tokens_s < shipped.decode_tokens_s
-
-
-def test_more_slots_on_a_gpu_are_expected_to_be_faster(checkpoint):
-    speeds = [
-        hybrimoe.plan(checkpoint, vram=share, weights="int4").speed for share in (0.1, 0.5, 1.0)
-    ]
-    rates = [speed.decode_tokens_s for speed in speeds]
-
-    assert rates == sorted(rates)
-    assert {speed.bound for speed in speeds} <= {"DRAM", "the CPU", "the GPU", "the link"}
-    assert expected_speed.__doc__
-
-
 def test_text_table_and_dict_say_the_same():
     found = hybrimoe.plan(TINY_MOE, vram="3MiB")
     text, table = str(found), found._repr_html_()
@@ -381,6 +353,62 @@ def test_too_little_address_space_is_a_message_and_no_crash(checkpoint, tmp_path
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("limit", ["RLIMIT_AS", "RLIMIT_DATA"])
+@needs_proc
+def test_files_that_the_load_maps_count_where_a_limit_counts_them(checkpoint, monkeypatch, limit):
+    import resource
+
+    field = {"RLIMIT_AS": "VmSize", "RLIMIT_DATA": "VmData"}[limit]
+    lines = Path("/proc/self/status").read_text().splitlines()
+    used = next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+    need = hybrimoe.plan(checkpoint, weights="int4", context=512).peak_bytes
+    files = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
+    soft = used + MARGIN + need + files // 2  # enough, but for the files
+    original = resource.getrlimit
+
+    def limited(which):
+        return (soft, soft) if which == getattr(resource, limit) else original(which)
+
+    monkeypatch.setattr(resource, "getrlimit", limited)
+    found = hybrimoe.plan(checkpoint, weights="int4", context=512)
+
+    assert found.checkpoint.mapped == files
+    assert not found.fits
+    assert re.match(rf"{limit} of .*, which counts .* of mapped files", found.have_limit)
+    soft += 2 * files
+    assert hybrimoe.plan(checkpoint, weights="int4", context=512).fits
+
+
+def test_of_packed_files_only_the_dense_weights_are_mapped(tmp_path):
+    hybrimoe.save_packed(hybrimoe.from_pretrained(TINY_MOE, weights="int4"), tmp_path)
+    found = hybrimoe.plan(tmp_path)
+    (dense,) = tmp_path.glob("packed-*/dense.safetensors")
+
+    assert found.checkpoint.mapped == dense.stat().st_size < found.checkpoint.nbytes / 2
+
+
+def test_what_does_not_fit_is_offered_with_experts_on_disk(checkpoint):
+    """`ram` of the plan is for the whole model, `ram` in the call for its experts alone."""
+    whole = hybrimoe.plan(checkpoint, weights="int4", context=256)
+    room = whole.peak_bytes - 60 * MIB
+    found = hybrimoe.plan(checkpoint, ram=room, context=256)
+    budget = int(re.search(r"ram='(\d+)MiB'", found.call)[1]) * MIB
+    model = eval(found.call, {"hybrimoe": hybrimoe})
+
+    assert not found.fits
+    assert "weights='int4' with ram='" in found.nearest
+    assert found.nearest.endswith("fits, with the other experts on disk")
+    assert room - 2 * found.parts["dense"] < budget < room - found.parts["dense"]
+    assert model.hybrimoe.pool.tier is not None
+
+
+def test_a_loaded_model_is_not_offered_a_disk(model):
+    held = hybrimoe.plan(model, weights="int4")
+
+    assert "on disk" not in hybrimoe.plan(model, weights="int4", ram="1MiB").nearest
+    assert held.fits
+
+
 def tree(root: Path, files: dict[str, str]) -> Path:
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -443,6 +471,6 @@ def test_a_plan_in_a_small_cgroup_is_refused(monkeypatch, tmp_path):
         "sys/fs/cgroup/memory.current": "0",
     }
     have = host_memory(tree(tmp_path, files))
-    monkeypatch.setattr(hybrimoe.memory_plan, "host_memory", lambda: have)
+    monkeypatch.setattr(hybrimoe.memory_plan, "host_memory", lambda **_: have)
     with pytest.raises(InsufficientMemoryError, match=r"cgroup limit of 260\.0 MiB"):
         hybrimoe.plan(TINY_MOE).ensure_fits()

@@ -17,6 +17,7 @@ from hybrimoe.runtime.loading.checkpoints import (
     examine_files,
     examine_folder,
 )
+from hybrimoe.runtime.loading.gguf_check import GgufHeader
 from hybrimoe.runtime.loading.packed_files import DENSE, read_manifest
 from hybrimoe.runtime.loading.skeleton import first_line
 
@@ -26,6 +27,7 @@ class Checkpoint:
     """place: "folder", "cache" or "hub". stored: bytes by dtype, as safetensors names it.
 
     packed: the weight format of a folder that `save_packed` wrote; None for any other checkpoint.
+    mapped: bytes of files that the loader maps: no memory, but address space.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Checkpoint:
     tensors: int
     stored: dict[str, int]
     packed: str | None = None
+    mapped: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -60,9 +63,17 @@ def read_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
 def _read_folder(name: str, folder: Path, place: str) -> Checkpoint:
     manifest = read_manifest(folder)
     if manifest is not None:
-        files = _packed_files(folder, manifest)
-        return _count(name, place, files, manifest["layers"][0]["weights"])
+        found = _packed_files(folder, manifest)
+        dense = (folder / manifest["folder"] / DENSE).stat().st_size
+        return _count(name, place, found, manifest["layers"][0]["weights"], dense)
     return _count(name, place, examine_folder(folder))
+
+
+def count_gguf(name: str, header: GgufHeader) -> Checkpoint:
+    """The same of a GGUF file whose header has been read; stored: bytes by ggml's types."""
+    stored = _by_dtype((tensor.type_name, tensor.nbytes) for tensor in header.tensors.values())
+    place = "folder" if Path(name).is_dir() else "cache"
+    return Checkpoint(name, place, 1, len(header.tensors), stored)
 
 
 def _packed_files(folder: Path, manifest: dict[str, Any]) -> Catalogue:
@@ -71,10 +82,13 @@ def _packed_files(folder: Path, manifest: dict[str, Any]) -> Catalogue:
     return examine_files([part / name for name in names], folder)
 
 
-def _count(name: str, place: str, found: Catalogue, packed: str | None = None) -> Checkpoint:
+def _count(
+    name: str, place: str, found: Catalogue, packed: str | None = None, mapped: int | None = None
+) -> Checkpoint:
     stored = _by_dtype((tensor.dtype, tensor.nbytes) for tensor in found.values())
     files = {tensor.path for tensor in found.values()}
-    return Checkpoint(name, place, len(files), len(found), stored, packed)
+    mapped = sum(path.stat().st_size for path in files) if mapped is None else mapped
+    return Checkpoint(name, place, len(files), len(found), stored, packed, mapped)
 
 
 def _by_dtype(tensors: Iterable[tuple[str, int]]) -> dict[str, int]:
@@ -124,4 +138,6 @@ def _read_hub(name: str, revision: str | None) -> Checkpoint:
     files = found.files_metadata.values()
     tensors = [tensor for file in files for tensor in file.tensors.values()]
     sizes = ((t.dtype, t.data_offsets[1] - t.data_offsets[0]) for t in tensors)
-    return Checkpoint(name, "hub", len(files), len(tensors), _by_dtype(sizes))
+    stored = _by_dtype(sizes)
+    mapped = sum(stored.values())
+    return Checkpoint(name, "hub", len(files), len(tensors), stored, mapped=mapped)

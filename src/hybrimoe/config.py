@@ -35,6 +35,7 @@ class Config:
         None is a quarter of the experts.
     ram: budget for packed experts in host memory: bytes, "10GiB" or a fraction of all experts. The
         others stay on disk, and are read when they are asked for. None keeps all of them in RAM.
+        Dense weights, cache and workspace come on top; `plan(ram=)` is for the whole model.
     spill: folder on a disk for the temporary file of experts beyond `ram`; None is the system's
         folder for such files. Experts loaded from a `save_packed` folder are read from there.
     max_new_tokens: tokens, prompts included, whose KV cache `vram=None` leaves room for; beyond

@@ -10,12 +10,18 @@ import torch
 from torch import nn
 
 from hybrimoe import plan_text
-from hybrimoe.checkpoint_headers import Checkpoint, read_checkpoint
+from hybrimoe.checkpoint_headers import Checkpoint, count_gguf, read_checkpoint
 from hybrimoe.config import WEIGHTS
-from hybrimoe.errors import ConfigError, InsufficientMemoryError, WrappedModelError
+from hybrimoe.errors import (
+    CheckpointNotFoundError,
+    ConfigError,
+    InsufficientMemoryError,
+    WrappedModelError,
+)
 from hybrimoe.placement import Budget, Placement, choose, nearest, place
 from hybrimoe.policy.sizes import parse_size
 from hybrimoe.runtime.loading.footprint import Footprint, footprint_of
+from hybrimoe.runtime.loading.gguf_experts import named_file, prescribed, refuse_format
 from hybrimoe.runtime.loading.host import MARGIN, HostMemory, host_memory, size_text
 from hybrimoe.runtime.loading.skeleton import (
     build_skeleton,
@@ -25,6 +31,8 @@ from hybrimoe.runtime.loading.skeleton import (
     weight_dtype,
 )
 from hybrimoe.speed import Speed, expected_speed
+
+Size = int | float | str | None
 
 
 @dataclass(frozen=True)
@@ -42,11 +50,13 @@ class FormatPlan:
 class MemoryPlan:
     """Where the bytes of a model go on this machine, and whether they fit. Bytes and seconds.
 
-    parts: dense, experts, kv_cache, activations, workspace. layers: packed experts by layer.
-    gpu, ram: what lies where once the model runs. load_peak_bytes, steady_bytes: host memory while
-    it loads, and while `context` tokens are generated; have_bytes: what can be had.
-    gpu_have_bytes: None without a GPU. traced: cache and activations were counted on the model
-    itself, not estimated. call: what to run, or what fits instead; empty where nothing does.
+    parts: dense, experts, kv_cache, activations, workspace. layers: packed experts by layer. weights:
+    how experts are kept, "mixed" where that differs; kept: the same by layer. gpu, ram: what lies
+    where once the model runs. load_peak_bytes, steady_bytes: host memory while it loads, and while
+    `context` tokens are generated; plain_bytes: what plain transformers would take; have_bytes:
+    what can be had. gpu_have_bytes: None without a GPU. traced: cache and activations were counted
+    on the model itself, not estimated. call: what to run, or what fits instead; empty where
+    nothing does.
     """
 
     model: str
@@ -58,10 +68,12 @@ class MemoryPlan:
     slots: int
     parts: dict[str, int]
     layers: dict[str, int]
+    kept: dict[str, str]
     gpu: dict[str, int]
     ram: dict[str, int]
     load_peak_bytes: int
     steady_bytes: int
+    plain_bytes: int
     have_bytes: int
     have_limit: str
     gpu_have_bytes: int | None
@@ -92,7 +104,7 @@ class MemoryPlan:
         if need <= have:
             need, have, where = self.gpu_bytes, self.gpu_have_bytes or 0, "GPU memory"
         raise InsufficientMemoryError(
-            f"{self.model} with weights={self.weights!r} and {self.context} tokens needs "
+            f"{self.model} with experts as {self.weights} and {self.context} tokens needs "
             f"{size_text(need)} of {where}, {size_text(have)} can be had; {self.nearest}",
             need=need,
             have=have,
@@ -115,20 +127,25 @@ class MemoryPlan:
 
 def plan(
     model: str | Path | nn.Module,
-    vram: int | float | str | None = None,
-    ram: int | float | str | None = None,
+    vram: Size = None,
+    ram: Size = None,
     weights: str | None = None,
     context: int = 4096,
     revision: str | None = None,
+    gguf_file: str | None = None,
 ) -> MemoryPlan:
-    """What a model takes on this machine, from config.json and safetensors headers only.
+    """What a model takes on this machine, from config.json and the headers of its files only.
 
     model: a folder (`save_packed` may have written it) or a name on the hub, planned for
     `from_pretrained`; or a loaded model, planned for `wrap`.
     vram: for expert slots, as in `Config`; None takes what a GPU has left, if there is one.
-    ram: host memory to plan with: bytes, "16GiB" or a fraction of what can be had; None is all.
+    ram: host memory that the whole model may take, not only its experts as in `Config`: bytes,
+    "16GiB" or a fraction of what can be had; None is all. Where no format fits into it, `call`
+    has the `Config.ram` that does, with the other experts on disk.
     weights: "native", "int8" or "int4"; None takes the most precise one that fits.
     context: tokens of prompt and answer together, of one sequence.
+    gguf_file: the GGUF file to load, on disk or in the cache; `model` may also be its path. Its
+    types say how experts are kept, so `weights` must be None.
     Raises CheckpointNotFoundError, CheckpointError or UnsupportedModelError. A model that does not
     fit is no error until `ensure_fits`.
     """
@@ -136,17 +153,33 @@ def plan(
         raise ConfigError(f"weights must be one of {', '.join(WEIGHTS)} or None, got {weights!r}")
     if isinstance(context, bool) or not isinstance(context, int) or context < 1:
         raise ConfigError(f"context must be a positive number of tokens, got {context!r}")
-    if vram is not None:
-        parse_size("vram", vram)
-    budget = Budget(vram, _host(ram), _gpu_free())
+    for argument, size in (("vram", vram), ("ram", ram)):
+        if size is not None:
+            parse_size(argument, size)
     if isinstance(model, nn.Module):
-        return _of_model(model, budget, weights, context)
-    return _of_name(str(model), budget, weights, context, revision)
+        if gguf_file is not None:
+            raise ConfigError(f"gguf_file is of no use with a loaded model, got {gguf_file!r}")
+        return _of_model(model, _budget(vram, ram), weights, context)
+    name, gguf_file = named_file(model, gguf_file)
+    if gguf_file is not None:
+        if weights is not None:
+            refuse_format(weights)
+        return _of_gguf(name, gguf_file, _budget(vram, ram), context, revision)
+    checkpoint = read_checkpoint(name, revision)
+    budget = _budget(vram, ram, checkpoint.mapped)
+    return _of_name(name, checkpoint, budget, weights, context, revision)
 
 
-def _host(ram: int | float | str | None) -> HostMemory:
-    """Memory to plan with; a margin is left of what was measured."""
-    have = host_memory()
+def _budget(vram: Size, ram: Size, mapped: int = 0) -> Budget:
+    return Budget(vram, _host(ram, mapped), _gpu_free())
+
+
+def _host(ram: Size, mapped: int) -> HostMemory:
+    """Memory to plan with; a margin is left of what was measured.
+
+    mapped: bytes of files that the load maps, which some limits of the process count.
+    """
+    have = host_memory(mapped=mapped)
     if ram is None:
         return HostMemory(max(have.free - MARGIN, 0), have.limit)
     size = parse_size("ram", ram)
@@ -164,9 +197,13 @@ def _gpu_name() -> str | None:
 
 
 def _of_name(
-    name: str, budget: Budget, weights: str | None, context: int, revision: str | None
+    name: str,
+    checkpoint: Checkpoint,
+    budget: Budget,
+    weights: str | None,
+    context: int,
+    revision: str | None,
 ) -> MemoryPlan:
-    checkpoint = read_checkpoint(name, revision)
     formats = WEIGHTS if checkpoint.packed is None else (checkpoint.packed,)
     if weights is not None and weights not in formats:
         raise ConfigError(
@@ -187,6 +224,47 @@ def _of_name(
     plan = _assemble(name, skeleton, footprint, budget, weights, call, formats)
     notes = _notes(footprint, checkpoint, config)
     return replace(plan, checkpoint=checkpoint, notes=notes + plan.notes)
+
+
+def _of_gguf(
+    name: str, gguf_file: str, budget: Budget, context: int, revision: str | None
+) -> MemoryPlan:
+    from hybrimoe.runtime.loading.gguf_file import open_gguf  # much of transformers comes with it
+
+    place = {"revision": revision, "local_files_only": True}
+    try:
+        opened = open_gguf(name, {"gguf_file": gguf_file, **place})
+    except CheckpointNotFoundError as error:
+        if name.startswith((".", "/", "~")) or Path(name).exists():
+            raise
+        raise CheckpointNotFoundError(
+            f"{name}/{gguf_file} is not in the cache, and plan reads the header of a GGUF file from "
+            f"the disk; fetch it first: hf download {name} {gguf_file}"
+        ) from error
+    counted = replace(footprint_of(opened.skeleton, context), stored=len(opened.dense))
+    footprint = counted.keeping(prescribed(opened.layers))
+    footprint = replace(footprint, tiered=counted.keeping(prescribed(opened.layers, True)))
+    names = sorted({layer.kept or "" for layer in footprint.layers})
+    format_name = names[0] if len(names) == 1 else "mixed"
+    call = f"from_pretrained({name!r}, gguf_file={gguf_file!r}"
+    if revision is not None:
+        call += f", revision={revision!r}"
+    plan = _assemble(name, opened.skeleton, footprint, budget, None, call, (format_name,))
+    held = sum(tensor.nbytes for layer in opened.layers.values() for tensor in layer)
+    notes = _larger_note(held, plan.parts["experts"])
+    checkpoint = count_gguf(name, opened.header)
+    return replace(
+        plan, model=f"{name}/{gguf_file}", checkpoint=checkpoint, notes=notes + plan.notes
+    )
+
+
+def _larger_note(held: int, packed: int) -> tuple[str, ...]:
+    if packed <= 1.05 * held:
+        return ()
+    return (
+        f"the experts take {size_text(held)} in the file and {size_text(packed)} in memory: types "
+        "without a format of ours are kept in a wider one, plain numbers in the model's dtype",
+    )
 
 
 def _of_model(model: Any, budget: Budget, weights: str | None, context: int) -> MemoryPlan:
@@ -227,16 +305,18 @@ def _assemble(
         slots=chosen.slots,
         parts=chosen.parts,
         layers={layer.name: layer.packed_bytes(chosen.weights) for layer in footprint.layers},
+        kept={layer.name: layer.kept or chosen.weights for layer in footprint.layers},
         gpu=chosen.gpu,
         ram=chosen.ram,
         load_peak_bytes=chosen.load_peak,
         steady_bytes=chosen.steady,
+        plain_bytes=footprint.plain_bytes,
         have_bytes=budget.room,
         have_limit=budget.host.limit,
         gpu_have_bytes=budget.gpu_free,
         fits=chosen.fits,
         nearest=text,
-        call=f"hybrimoe.{call}{keywords})" if setting else "",
+        call="" if setting is None else f"hybrimoe.{call}{keywords})",
         formats=tuple(map(_format, placements.values())),
         traced=footprint.forward.traced,
         checkpoint=None,

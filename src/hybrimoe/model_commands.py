@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import sys
 import time
@@ -11,6 +12,14 @@ from typing import Any
 
 from hybrimoe.config import DEVICES, WEIGHTS
 from hybrimoe.errors import ConfigError, HybriMoEError
+from hybrimoe.named_models import (
+    Source,
+    add_name,
+    load_plain,
+    load_wrapped,
+    source_of,
+    tokenizer_of,
+)
 from hybrimoe.policy.sizes import parse_size
 
 CONTEXT = 4096
@@ -19,9 +28,11 @@ CONTEXT = 4096
 def add_plan(commands: Any) -> None:
     """The arguments of `hybrimoe plan`."""
     parser = commands.add_parser("plan", help="will a model fit, and how fast will it be")
-    _add_name(parser)
+    add_name(parser)
     parser.add_argument("--vram", type=_size("vram"), help="for expert slots on the GPU")
-    parser.add_argument("--ram", type=_size("ram"), help="host memory to plan with (all of it)")
+    parser.add_argument(
+        "--ram", type=_size("ram"), help="host memory for the whole model (what can be had)"
+    )
     parser.add_argument("--weights", choices=WEIGHTS, help="the most precise that fits")
     parser.add_argument("--context", type=_positive, default=CONTEXT, help="tokens (%(default)s)")
     _add_json(parser, run_plan)
@@ -30,7 +41,7 @@ def add_plan(commands: Any) -> None:
 def add_generate(commands: Any) -> None:
     """The arguments of `hybrimoe generate`."""
     parser = commands.add_parser("generate", help="load a model and write text")
-    _add_name(parser)
+    add_name(parser)
     parser.add_argument("--prompt", required=True, help="text to continue; - reads it from stdin")
     parser.add_argument("--chat", action="store_true", help="as a message to a chat model")
     parser.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N")
@@ -45,8 +56,8 @@ def add_generate(commands: Any) -> None:
 def add_bench(commands: Any) -> None:
     """The arguments of `hybrimoe bench`."""
     parser = commands.add_parser("bench", help="wrapped against plain transformers, side by side")
-    _add_name(parser)
-    parser.add_argument("--weights", choices=WEIGHTS, default="native", help="(%(default)s)")
+    add_name(parser)
+    parser.add_argument("--weights", choices=WEIGHTS, help="(native)")
     parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument("--vram", type=_size("vram"), help="for expert slots on the GPU")
     parser.add_argument("--prompt-tokens", type=_positive, default=128, metavar="N")
@@ -67,7 +78,9 @@ def run_plan(options: argparse.Namespace) -> dict[str, Any]:
     """Print the plan; fails if the model does not fit."""
     from hybrimoe.memory_plan import plan
 
-    found = plan(options.name, options.vram, options.ram, options.weights, options.context)
+    name, gguf_file = source_of(options)
+    sizes = options.vram, options.ram, options.weights, options.context
+    found = plan(name, *sizes, gguf_file=gguf_file)
     options.failed = not found.fits
     if not options.json:
         print(found)
@@ -92,10 +105,12 @@ def run_generate(options: argparse.Namespace) -> dict[str, Any]:
     from transformers import TextStreamer
 
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
-    tokenizer = _tokenizer(options.name)
+    source = source_of(options)
+    source.check()
+    tokenizer = tokenizer_of(source)
     inputs = _encode(tokenizer, prompt, options.chat)
     length = inputs["input_ids"].shape[1]
-    model, weights = _load(options, context=length + options.max_new_tokens)
+    model, weights = load_wrapped(options, source, context=length + options.max_new_tokens)
     if options.stats or options.json:
         _warm(model, inputs["input_ids"])
     streamer = None
@@ -125,14 +140,17 @@ def run_generate(options: argparse.Namespace) -> dict[str, Any]:
 def run_bench(options: argparse.Namespace) -> dict[str, Any]:
     """Time a wrapped and a plain copy in turns, and print one table."""
     import torch
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     tokens = options.prompt_tokens + options.tokens
-    _check_room_for_both(options, tokens)
+    source = source_of(options)
+    source.check()
+    if source.gguf_file is None and options.weights is None:
+        options.weights = "native"
+    _check_room_for_both(options, source, tokens)
     logging.disable_progress_bar()
-    wrapped, weights = _load(options, tokens)
-    plain = AutoModelForCausalLM.from_pretrained(options.name, dtype="auto").eval()
+    wrapped, weights = load_wrapped(options, source, tokens)
+    plain = load_plain(source, copy.deepcopy(wrapped.config))
     generator = torch.Generator().manual_seed(0)
     size = (1, options.prompt_tokens)
     prompt = torch.randint(plain.config.get_text_config().vocab_size, size, generator=generator)
@@ -148,7 +166,7 @@ def run_bench(options: argparse.Namespace) -> dict[str, Any]:
             times[name].append((prefill, decode))
     result = _compare(options, times, answers) | {"weights": weights}
     if not options.json:
-        print(_table(options, result))
+        print(_table(options, str(source), result))
     return result
 
 
@@ -213,9 +231,9 @@ def _compare(
     return speeds | {"equal_tokens": equal, "of_tokens": len(answers["plain"])}
 
 
-def _table(options: argparse.Namespace, result: dict[str, Any]) -> str:
+def _table(options: argparse.Namespace, name: str, result: dict[str, Any]) -> str:
     lines = [
-        f"{options.name}: medians of {options.rounds} rounds in turns, prompt of "
+        f"{name}: medians of {options.rounds} rounds in turns, prompt of "
         f"{options.prompt_tokens} tokens, {options.tokens} decoded, weights={result['weights']}",
         f"{'':10}{'prefill tokens/s':>18}{'decode tokens/s':>18}",
     ]
@@ -228,69 +246,20 @@ def _table(options: argparse.Namespace, result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _load(options: argparse.Namespace, context: int) -> tuple[Any, str]:
-    """The model, wrapped, once the plan says that it fits; and its weight format."""
-    from transformers.utils import logging
-
-    import hybrimoe
-    from hybrimoe.memory_plan import plan
-
-    vram = None if options.device == "cpu" else options.vram
-    found = plan(options.name, vram, weights=options.weights, context=context).ensure_fits()
-    if options.json or not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    _announce_compiling(options)
-    settings: dict[str, Any] = {"weights": found.weights, "device": options.device}
-    if options.vram is not None:
-        settings["vram"] = options.vram
-    model = hybrimoe.from_pretrained(options.name, **settings)
-    return model.eval(), found.weights
-
-
-def _announce_compiling(options: argparse.Namespace) -> None:
-    """Say what takes so long on the first run: nothing is compiled yet."""
-    from hybrimoe.kernels.experts import run_experts
-
-    folder = getattr(run_experts._cache, "cache_path", None)  # none where nothing can be kept
-    if folder is None or not any(Path(folder).glob("*.nbi")):
-        text = "compiling kernels for this machine, about half a minute"
-        kept = "" if folder is None else ", once"
-        print(f"hybrimoe {options.command}: {text}{kept}", file=sys.stderr)
-
-
-def _check_room_for_both(options: argparse.Namespace, context: int) -> None:
+def _check_room_for_both(options: argparse.Namespace, source: Source, context: int) -> None:
     """Raise InsufficientMemoryError unless a plain and a wrapped copy fit together."""
     from hybrimoe.memory_plan import plan
     from hybrimoe.runtime.loading.host import ensure_host_fits
     from hybrimoe.runtime.loading.packed_files import read_manifest
 
-    if read_manifest(Path(options.name)) is not None:
+    if source.gguf_file is None and read_manifest(Path(source.name)) is not None:
         raise ConfigError(
-            f"bench compares with the plain model, but {options.name} holds packed experts only; "
+            f"bench compares with the plain model, but {source.name} holds packed experts only; "
             "give it the original checkpoint"
         )
-    found = plan(options.name, weights=options.weights, context=context)
-    native = next(row.peak_bytes for row in found.formats if row.weights == "native")
+    found = plan(source.name, weights=options.weights, context=context, **source.arguments)
     advice = "bench keeps a plain and a wrapped copy; use a smaller model, or `generate --stats`"
-    ensure_host_fits(found.peak_bytes + native, f"bench of {options.name}", advice)
-
-
-def _tokenizer(name: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        found = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        from hybrimoe.runtime.loading.skeleton import first_line
-
-        raise ConfigError(f"NAME has no tokenizer that can be read: {first_line(error)}") from error
-    # Where the files are missing, transformers makes up a tokenizer that knows no text.
-    if not found("a b", add_special_tokens=False)["input_ids"]:
-        raise ConfigError(
-            f"NAME has no tokenizer: {name!r} lacks its files; copy them there with "
-            f"AutoTokenizer.from_pretrained(ORIGINAL).save_pretrained({name!r})"
-        )
-    return found
+    ensure_host_fits(found.peak_bytes + found.plain_bytes, f"bench of {source}", advice)
 
 
 def _encode(tokenizer: Any, prompt: str, chat: bool) -> dict[str, Any]:
@@ -310,10 +279,6 @@ def _encode(tokenizer: Any, prompt: str, chat: bool) -> dict[str, Any]:
     if inputs["input_ids"].shape[1] == 0:
         raise ConfigError(f"--prompt must have at least one token, got {prompt[:40]!r}")
     return {name: inputs[name] for name in ("input_ids", "attention_mask")}
-
-
-def _add_name(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", metavar="NAME", help="a folder, or a name on the hub")
 
 
 def _add_json(parser: argparse.ArgumentParser, run: Any) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from hybrimoe.runtime.devices import memory
 from hybrimoe.runtime.loading.footprint import Footprint
 from hybrimoe.runtime.loading.host import HostMemory, size_text
+from hybrimoe.runtime.loading.load_memory import largest_budget
 
 SHORTEST = 256
 """Tokens of context below which a model that "fits" is of no use."""
@@ -99,29 +100,35 @@ def nearest(
     """The nearest setting that works, as a sentence and as keywords; None where nothing does."""
     context = footprint.context
     if chosen.fits:
-        return "it fits", keywords(chosen.weights, budget, context)
+        return "it fits", keywords(footprint, chosen.weights, budget, context)
     if chosen.host_fits:
         return _less_gpu(footprint, chosen, budget)
     for other in placements.values():
         if other.fits:
             text = f"weights={other.weights!r} fits, it needs {size_text(other.peak)}"
-            return text, keywords(other.weights, budget, context)
+            return text, keywords(footprint, other.weights, budget, context)
     smallest = min(placements.values(), key=lambda placement: placement.peak)
     shorter = _shorter(footprint, smallest, budget)
+    name = "" if footprint.is_prescribed else f"weights={smallest.weights!r} with "
     if shorter:
-        text = f"weights={smallest.weights!r} with context={shorter} fits"
-        return text, keywords(smallest.weights, budget, shorter)
+        text = f"{name}context={shorter} fits"
+        return text, keywords(footprint, smallest.weights, budget, shorter)
+    ram = _on_disk(footprint, smallest, budget)
+    if ram is not None:
+        given = keywords(footprint, smallest.weights, budget, context) | {"ram": ram}
+        return f"{name}ram={ram!r} fits, with the other experts on disk", given
+    smallest_is = "" if footprint.is_prescribed else f", weights={smallest.weights!r},"
     missing = size_text(smallest.peak - budget.room)
     return (
-        f"no format fits: the smallest, weights={smallest.weights!r}, needs "
-        f"{size_text(smallest.peak)}, so {missing} of memory are missing",
+        f"no format fits: the smallest{smallest_is} needs {size_text(smallest.peak)}, so {missing} "
+        "of memory are missing",
         None,
     )
 
 
-def keywords(weights: str, budget: Budget, context: int) -> dict[str, object]:
+def keywords(footprint: Footprint, weights: str, budget: Budget, context: int) -> dict[str, object]:
     """Arguments of `wrap` or `from_pretrained` for a plan."""
-    given: dict[str, object] = {"weights": weights}
+    given: dict[str, object] = {} if footprint.is_prescribed else {"weights": weights}
     if budget.vram is not None:
         given["vram"] = budget.vram
     if budget.vram is not None or budget.gpu_free is not None:
@@ -155,14 +162,22 @@ def _less_gpu(
     if automatic.fits and automatic.gpu:
         size = automatic.slots * footprint.expert_bytes(chosen.weights)
         smaller = replace(budget, vram=size)
-        return f"vram={size} fits: {automatic.slots} slots", keywords(
-            chosen.weights, smaller, context
-        )
+        given = keywords(footprint, chosen.weights, smaller, context)
+        return f"vram={size} fits: {automatic.slots} slots", given
     cpu = replace(budget, vram=None, gpu_free=None)
     if place(footprint, chosen.weights, cpu).fits:
-        given = keywords(chosen.weights, cpu, context) | {"device": "cpu"}
+        given = keywords(footprint, chosen.weights, cpu, context) | {"device": "cpu"}
         return "device='cpu' fits: every expert on the CPU", given
     return "neither the GPU nor the CPU alone can hold it", None
+
+
+def _on_disk(footprint: Footprint, smallest: Placement, budget: Budget) -> str | None:
+    """The largest `ram` of a `Config` with which the others stay on disk; None where none fits."""
+    if budget.wraps or not smallest.gpu_fits:
+        return None  # `wrap` needs the whole model in memory first
+    running = smallest.steady - smallest.parts["experts"]
+    kept = footprint.tiered or footprint
+    return largest_budget(kept, smallest.weights, budget.room, running)
 
 
 def _shorter(footprint: Footprint, smallest: Placement, budget: Budget) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -54,7 +55,10 @@ def as_html(plan: MemoryPlan) -> str:
 
 def _head(plan: MemoryPlan) -> str:
     found = plan.checkpoint
-    files = f", {found.files} files of {size_text(found.nbytes)} ({found.place})" if found else ""
+    files = ""
+    if found:
+        count = "1 file" if found.files == 1 else f"{found.files} files"
+        files = f", {count} of {size_text(found.nbytes)} ({found.place})"
     return (
         f"{plan.model}: {plan.family}, {plan.experts} experts in {len(plan.layers)} layers, "
         f"top-{plan.top_k}{files}"
@@ -64,12 +68,20 @@ def _head(plan: MemoryPlan) -> str:
 def _rows(plan: MemoryPlan) -> Iterable[tuple[str, str, str]]:
     """Part, size, place."""
     for part, size in plan.parts.items():
-        what = f"as {plan.weights}, " if part == "experts" else ""
+        what = f"as {_kept(plan)}, " if part == "experts" else ""
         what += f"{plan.context} tokens, " if part == "kv_cache" else ""
         yield NAMES[part], size_text(size), what + ("GPU" if part in plan.gpu else "RAM")
     if plan.gpu:
         slots = f"{plan.slots} of {plan.experts} experts, copies on the GPU"
         yield NAMES["slots"], size_text(plan.gpu["slots"]), slots
+
+
+def _kept(plan: MemoryPlan) -> str:
+    """The format of the experts, or how many layers have which."""
+    counts = Counter(plan.kept.values())
+    if len(counts) == 1:
+        return next(iter(counts))
+    return " and ".join(f"{fmt} in {n} layers" for fmt, n in counts.most_common())
 
 
 def _totals(plan: MemoryPlan) -> Iterable[tuple[str, str, str]]:

@@ -30,7 +30,9 @@ FEWER_STEPS = 4000  # decode steps that statistics look at
 def add_trace(commands: Any) -> None:
     """The arguments of `hybrimoe trace`."""
     parser = commands.add_parser("trace", help="record what a model's routers ask for")
-    parser.add_argument("model", type=Path, metavar="MODEL", help="a transformers MoE checkpoint")
+    where = "a transformers MoE checkpoint, or a .gguf file"
+    parser.add_argument("name", metavar="MODEL", help=where)
+    parser.add_argument("--gguf-file", metavar="FILE", help="the GGUF file in MODEL to load")
     parser.add_argument(
         "--prompts",
         type=Path,
@@ -82,7 +84,7 @@ def add_simulate(commands: Any) -> None:
 def run_trace(options: argparse.Namespace) -> dict[str, Any]:
     """Generate from every prompt, write the trace, and say what it is like."""
     before = read_trace(options.output) if options.append and options.output.exists() else None
-    trace = _record(options.model, read_prompts(options.prompts), options)
+    trace = _record(options, read_prompts(options.prompts))
     if before is not None:
         trace = merge([before, trace])
     trace.save(options.output)
@@ -224,13 +226,27 @@ def _head(
     )
 
 
-def _record(path: Path, prompts: list[str], options: argparse.Namespace) -> RoutingTrace:
+def _load(options: argparse.Namespace) -> tuple[Any, Any]:
+    """Model and tokenizer; experts of a GGUF file come packed, which changes no routing."""
+    import hybrimoe
+    from hybrimoe.commands import load_model
+    from hybrimoe.named_models import source_of, tokenizer_of
+
+    source = source_of(options)
+    if source.gguf_file is None:
+        return load_model(Path(source.name), "MODEL")
+    source.check()
+    tokenizer = tokenizer_of(source)
+    model = hybrimoe.from_pretrained(source.name, device="cpu", **source.arguments)
+    return model.eval(), tokenizer
+
+
+def _record(options: argparse.Namespace, prompts: list[str]) -> RoutingTrace:
     import torch
 
     import hybrimoe
-    from hybrimoe.commands import load_model
 
-    model, tokenizer = load_model(path, "MODEL")
+    model, tokenizer = _load(options)
     torch.manual_seed(0)
     with hybrimoe.record(model) as trace, torch.no_grad():
         for prompt in tqdm(prompts, "prompts", disable=None, leave=False):

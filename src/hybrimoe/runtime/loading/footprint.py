@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,7 +27,10 @@ NO_PASS = ForwardMemory(0, 0, True, 0)
 
 @dataclass(frozen=True)
 class ExpertShape:
-    """The routed experts of one layer. inner: F; native_bytes: as the checkpoint's dtype has them."""
+    """The routed experts of one layer. inner: F; native_bytes: as the checkpoint's dtype has them.
+
+    kept: the format that its files prescribe, whatever is asked for; None if they prescribe none.
+    """
 
     name: str
     experts: int
@@ -36,11 +40,15 @@ class ExpertShape:
     bias: bool
     dtype: torch.dtype
     native_bytes: int
+    kept: str | None = None
+
+    def fmt(self, weights: str) -> str:
+        """The blob format of its experts where a `Config.weights` format is asked for."""
+        return formats.format_of(self.kept or weights, self.dtype)
 
     def layout(self, weights: str) -> Layout:
-        """Where the numbers of one packed expert lie in a `Config.weights` format."""
-        fmt = formats.format_of(weights, self.dtype)
-        return expert_layout(fmt, self.hidden, self.inner, self.gated, self.bias)
+        """Where the numbers of one packed expert lie."""
+        return expert_layout(self.fmt(weights), self.hidden, self.inner, self.gated, self.bias)
 
     def packed_bytes(self, weights: str) -> int:
         """All experts of the layer in the pool."""
@@ -54,7 +62,8 @@ class Footprint:
     dense_bytes: every parameter and buffer that is no routed expert, tied ones once.
     dense_read_bytes: those of them that a decode step reads; a lookup in an embedding reads a row.
     stored: tensors of the checkpoint. streams: whether experts are packed a few at a time as they
-    are read; else the loader puts the parameters of a layer together first.
+    are read; else the loader puts the parameters of a layer together first. tiered: the same with
+    some experts on disk, where their files prescribe another format for that.
     """
 
     layers: tuple[ExpertShape, ...]
@@ -65,6 +74,17 @@ class Footprint:
     forward: ForwardMemory
     stored: int = 0
     streams: bool = True
+    tiered: Footprint | None = None
+
+    @property
+    def is_prescribed(self) -> bool:
+        """Whether the files say how experts are kept."""
+        return all(layer.kept for layer in self.layers)
+
+    def keeping(self, weights_of: Callable[[str], str | None]) -> Footprint:
+        """The same with the format that files prescribe for the experts of each name."""
+        layers = tuple(replace(layer, kept=weights_of(layer.name)) for layer in self.layers)
+        return replace(self, layers=layers)
 
     @property
     def experts(self) -> int:
@@ -75,6 +95,13 @@ class Footprint:
     def native_bytes(self) -> int:
         """All experts as the checkpoint's dtype has them."""
         return sum(layer.native_bytes for layer in self.layers)
+
+    @property
+    def plain_bytes(self) -> int:
+        """The most that plain transformers takes: it merges a layer's experts while it loads."""
+        loading = max(layer.native_bytes for layer in self.layers)
+        running = self.forward.cache_bytes + self.activation_bytes
+        return self.dense_bytes + self.native_bytes + max(loading, running)
 
     @property
     def activation_bytes(self) -> int:
@@ -116,8 +143,7 @@ class Footprint:
         return most
 
     def _workspace(self, layer: ExpertShape, weights: str, tokens: int) -> int:
-        layout, k = layer.layout(weights), self.top_k
-        fmt = formats.format_of(weights, layer.dtype)
+        layout, k, fmt = layer.layout(weights), self.top_k, layer.fmt(weights)
         x, h = (activation_bytes(fmt, size) for size in (layout.hidden, layout.inner))
         return tokens * (x + k * (h + 8) + 4 * layout.hidden)
 

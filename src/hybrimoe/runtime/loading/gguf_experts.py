@@ -12,13 +12,13 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hybrimoe.errors import CheckpointError, UnsupportedModelError
+from hybrimoe.errors import CheckpointError, ConfigError, UnsupportedModelError
 from hybrimoe.kernels import ggml
 from hybrimoe.kernels.threads import launch
 from hybrimoe.runtime.experts import PooledExperts
@@ -76,6 +76,31 @@ def weights_of(layers: dict[int, Matrices], is_uniform: bool = False) -> dict[in
     if is_uniform and not all(narrow.values()):
         return dict.fromkeys(layers, "int8")
     return {block: "int4" if is_narrow else "int8" for block, is_narrow in narrow.items()}
+
+
+def prescribed(
+    layers: dict[int, Matrices], is_uniform: bool = False
+) -> Callable[[str], str | None]:
+    """`weights_of` as a function of the name of a layer's experts."""
+    weights = weights_of(layers, is_uniform)
+    return lambda name: weights.get(block_of(name))
+
+
+def named_file(name: str | os.PathLike[str], gguf_file: str | None) -> tuple[str, str | None]:
+    """Folder or repository, and GGUF file in it, if any; a path that ends in .gguf means both."""
+    text = os.fspath(name)
+    if gguf_file is None and text.endswith(".gguf") and not os.path.isdir(text):
+        folder, gguf_file = os.path.split(text)
+        return folder or ".", gguf_file
+    return text, gguf_file
+
+
+def refuse_format(weights: str) -> NoReturn:
+    """Raise ConfigError: a file brings its own format."""
+    raise ConfigError(
+        f"weights must be left out with gguf_file, got {weights!r}: the types in the file say how "
+        "experts are kept"
+    )
 
 
 @dataclass

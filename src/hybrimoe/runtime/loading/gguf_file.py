@@ -12,7 +12,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -81,6 +81,20 @@ class GgufSource:
         """Nothing was lent to the model."""
 
 
+class GgufModel(NamedTuple):
+    """A file and the model that it will be, of which nothing but the header has been read.
+
+    skeleton: on the meta device, in `dtype`. dense: all that is no expert, by the model's names.
+    """
+
+    header: GgufHeader
+    layers: dict[int, gguf_experts.Matrices]
+    config: Any
+    skeleton: Any
+    dtype: torch.dtype
+    dense: dict[str, LazyTensor]
+
+
 class LazyTensor:
     """A dense tensor that is read and dequantized when the loader of transformers slices it.
 
@@ -116,27 +130,9 @@ def load_gguf(
 ) -> Any:
     """What `from_pretrained(name, gguf_file=...)` does, once its other arguments are checked."""
     if is_format_given or config.weights != "native":
-        raise ConfigError(
-            f"weights must be left out with gguf_file, got {config.weights!r}: the types in the file "
-            "say how experts are kept"
-        )
-    if importlib.util.find_spec("gguf") is None:
-        raise ConfigError("gguf_file needs the package gguf: pip install 'hybrimoe[gguf]'")
+        gguf_experts.refuse_format(config.weights)
     hf_kwargs = dict(hf_kwargs)
-    path, folder = find_file(name, hf_kwargs.pop("gguf_file"), hf_kwargs)
-    header = read_gguf(path, folder)
-    family = FAMILIES.get(header.architecture)
-    if family is None:
-        raise UnsupportedModelError(
-            f"{path} holds a model of architecture {header.architecture!r}; experts are read from "
-            f"{', '.join(FAMILIES)}: load others with transformers, then call hybrimoe.wrap"
-        )
-    layers = gguf_experts.layers_of(header)
-    model_config = read_config(path, header, family, layers, hf_kwargs.pop("config", None))
-    asked = hf_kwargs.pop("dtype", None) or hf_kwargs.pop("torch_dtype", None) or "auto"
-    dtype = dtype_of(asked)
-    skeleton = _build(model_config, dtype, path)
-    dense = dense_tensors(skeleton, header)
+    header, layers, model_config, skeleton, dtype, dense = open_gguf(name, hf_kwargs)
     weights = gguf_experts.weights_of(layers, is_uniform=config.ram is not None)
     kept = next(iter(set(weights.values()))) if len(set(weights.values())) == 1 else "int8"
     reader = gguf_experts.ExpertsReader(header, layers, dequantize)
@@ -154,6 +150,30 @@ def load_gguf(
     loaded = model[0] if isinstance(model, tuple) else model
     loaded.config.name_or_path = loaded.name_or_path = os.fspath(name)
     return model
+
+
+def open_gguf(name: str | os.PathLike[str], hf_kwargs: dict[str, Any]) -> GgufModel:
+    """Check a file, and say what model it is; takes what it knows out of `hf_kwargs`.
+
+    Raises ConfigError, CheckpointNotFoundError, CheckpointError or UnsupportedModelError.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise ConfigError("gguf_file needs the package gguf: pip install 'hybrimoe[gguf]'")
+    path, folder = find_file(name, hf_kwargs.pop("gguf_file"), hf_kwargs)
+    header = read_gguf(path, folder)
+    family = FAMILIES.get(header.architecture)
+    if family is None:
+        raise UnsupportedModelError(
+            f"{path} holds a model of architecture {header.architecture!r}; experts are read from "
+            f"{', '.join(FAMILIES)}: load others with transformers, then call hybrimoe.wrap"
+        )
+    layers = gguf_experts.layers_of(header)
+    config = read_config(path, header, family, layers, hf_kwargs.pop("config", None))
+    asked = hf_kwargs.pop("dtype", None) or hf_kwargs.pop("torch_dtype", None) or "auto"
+    dtype = dtype_of(asked)
+    skeleton = _build(config, dtype, path)
+    dense = dense_tensors(skeleton, header)
+    return GgufModel(header, layers, config, skeleton, dtype, dense)
 
 
 def find_file(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -30,23 +30,24 @@ def ensure_fits(
     ram: Size = None,
     files: Iterable[str] = (),
     stored: int = 0,
-    is_packed: bool = False,
+    kept: Callable[[str], str | None] | None = None,
 ) -> None:
     """Raise InsufficientMemoryError, before any is taken, if the load cannot fit into host memory.
 
     model: on the meta device. The peak is all packed experts (of experts with a budget `ram`, what
     that holds and one packed layer), the dense weights, and what the loader needs besides.
-    files: those that transformers maps. stored: tensors of the checkpoint. is_packed: the experts
-    lie packed in other files, in that format.
+    files: those that transformers maps. stored: tensors of the checkpoint. kept: the format of the
+    experts of a name, where they come from files of their own, which prescribe it.
     """
     footprint = footprint_to_load(model, kept_dtypes(model, model.dtype))
-    streams = is_packed or packs_on_arrival(model)
+    streams = kept is not None or packs_on_arrival(model)
     dense = footprint.dense_bytes - _tied_later(model)
     footprint = replace(footprint, dense_bytes=dense, stored=stored, streams=streams)
+    footprint = footprint if kept is None else footprint.keeping(kept)
     have = host_memory(mapped=sum(os.path.getsize(file) for file in files))
     room = have.free - MARGIN
     need, others = _peak(footprint, weights, ram), list(WEIGHTS)
-    if is_packed or ram is not None:
+    if kept is not None or ram is not None:
         others = []
     fits = [choice for choice in others if _peak(footprint, choice, None) <= room]
     nearest = _on_disk(footprint, weights, room)
@@ -78,6 +79,16 @@ def ensure_wrap_fits(
         nearest = "hybrimoe.from_pretrained packs experts while it loads, without the whole model"
     what = f"wrapping {type(model).__name__} with weights={weights!r}"
     ensure_host_fits(need, what, nearest, have)
+
+
+def largest_budget(footprint: Footprint, weights: str, room: int, running: int = 0) -> str | None:
+    """The largest `Config.ram` whose load fits into `room` bytes, such as "800MiB"; None without one.
+
+    running: bytes besides the experts once the model runs.
+    """
+    left = (room - max(_besides(footprint, weights), running)) // MIB
+    least = footprint.top_k * footprint.expert_bytes(weights) // MIB + 1
+    return f"{left}MiB" if left > least else None
 
 
 def own_memory(model: nn.Module) -> None:
@@ -115,11 +126,10 @@ def _besides(footprint: Footprint, weights: str) -> int:
 
 def _on_disk(footprint: Footprint, weights: str, room: int) -> str:
     """The largest budget of RAM that fits, as advice."""
-    left = (room - _besides(footprint, weights)) // MIB
-    least = footprint.top_k * footprint.expert_bytes(weights) // MIB + 1
-    if left <= least:
+    size = largest_budget(footprint, weights, room)
+    if size is None:
         return "no format of the experts fits, not even with most of them on disk"
-    return f"ram='{left}MiB' fits, with the other experts on disk"
+    return f"ram={size!r} fits, with the other experts on disk"
 
 
 def _to_wrap(found: list[FoundExperts], weights: str) -> list[tuple[int, int, int]]:

@@ -174,9 +174,9 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
         with torch.device("cpu"):  # transformers builds models under the meta device
             found = find_experts(model)
             stored = len(self.reader.catalogue) if self.reader is not None else 0
-            is_packed = self.packed is not None
+            kept = None if self.packed is None else self.packed.weights_of
             budget = self.config.weights, self.config.ram
-            ensure_fits(model, *budget, checkpoint_files or (), stored, is_packed)
+            ensure_fits(model, *budget, checkpoint_files or (), stored, kept)
             self.session = self.start(self.config, model)
             if self.packed is None or not self.packed.keeps_files:
                 self.session.make_room()

@@ -1,0 +1,141 @@
+"""The model that a command names: where it lies, its tokenizer, and the model itself."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hybrimoe.errors import ConfigError
+
+MADE_UP = "a b"
+"""Text that a tokenizer with a vocabulary makes tokens of."""
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, ImportError)
+"""What tokenizers raise for files that they cannot read."""
+
+
+class Source(NamedTuple):
+    """name: a folder, or a repository of the hub. gguf_file: the file in it; None for safetensors."""
+
+    name: str
+    gguf_file: str | None
+
+    def __str__(self) -> str:
+        return self.name if self.gguf_file is None else f"{self.name}/{self.gguf_file}"
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What `from_pretrained` takes besides the name."""
+        return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+
+    def check(self) -> None:
+        """Fetch a GGUF file if need be, and raise CheckpointError unless its header is sound."""
+        if self.gguf_file is not None:
+            from hybrimoe.runtime.loading.gguf_check import read_gguf
+            from hybrimoe.runtime.loading.gguf_file import find_file
+
+            read_gguf(*find_file(self.name, self.gguf_file, {}))
+
+
+def add_name(parser: argparse.ArgumentParser) -> None:
+    """The arguments that name a model."""
+    where = "a folder, a name on the hub, or a .gguf file"
+    parser.add_argument("name", metavar="NAME", help=where)
+    parser.add_argument("--gguf-file", metavar="FILE", help="the GGUF file in NAME to load")
+
+
+def source_of(options: argparse.Namespace) -> Source:
+    """What the arguments of `add_name` name."""
+    from hybrimoe.runtime.loading.gguf_experts import named_file, refuse_format
+
+    source = Source(*named_file(options.name, options.gguf_file))
+    weights = getattr(options, "weights", None)
+    if source.gguf_file is not None and weights is not None:
+        refuse_format(weights)
+    return source
+
+
+def tokenizer_of(source: Source) -> Any:
+    """Its tokenizer: that of the folder, else the one in the GGUF file; ConfigError without any."""
+    tried, errors = [{}, source.arguments] if source.gguf_file else [{}], []
+    for arguments in tried:
+        try:
+            return _tokenizer(source.name, arguments)
+        except ConfigError as error:
+            errors.append(error)
+    raise (
+        errors[-1]
+        if source.gguf_file is None
+        else ConfigError(
+            f"NAME has no tokenizer, neither beside {source.gguf_file} ({errors[0]}) nor in it "
+            f"({errors[1]})"
+        )
+    )
+
+
+def load_wrapped(options: argparse.Namespace, source: Source, context: int) -> tuple[Any, str]:
+    """The model, wrapped, once the plan says that it fits; and how its experts are kept."""
+    from transformers.utils import logging
+
+    import hybrimoe
+    from hybrimoe.memory_plan import plan
+
+    vram = None if options.device == "cpu" else options.vram
+    asked = options.weights
+    found = plan(source.name, vram, weights=asked, context=context, **source.arguments)
+    found.ensure_fits()
+    if options.json or not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    _announce_compiling(options.command)
+    settings: dict[str, Any] = {"device": options.device, **source.arguments}
+    if source.gguf_file is None:
+        settings["weights"] = found.weights
+    if options.vram is not None:
+        settings["vram"] = options.vram
+    return hybrimoe.from_pretrained(source.name, **settings).eval(), found.weights
+
+
+def load_plain(source: Source, config: Any) -> Any:
+    """The same model by transformers alone. config: of the wrapped one."""
+    from transformers import AutoModelForCausalLM
+
+    if source.gguf_file is None:
+        return AutoModelForCausalLM.from_pretrained(source.name, dtype="auto").eval()
+    if importlib.util.find_spec("accelerate") is None:
+        raise ConfigError(
+            "transformers needs accelerate to load a GGUF file: pip install accelerate"
+        )
+    # Of a file without a config.json transformers would guess the experts' width.
+    given = {"config": config, "dtype": config.dtype, **source.arguments}
+    return AutoModelForCausalLM.from_pretrained(source.name, **given).eval()
+
+
+def _tokenizer(name: str, arguments: dict[str, Any]) -> Any:
+    from transformers import AutoTokenizer
+
+    from hybrimoe.runtime.loading.skeleton import first_line
+
+    try:
+        found = AutoTokenizer.from_pretrained(name, **arguments)
+    except UNREADABLE as error:
+        raise ConfigError(f"NAME has no tokenizer that can be read: {first_line(error)}") from error
+    # Where the files are missing, transformers makes up a tokenizer that knows no text.
+    if not found(MADE_UP, add_special_tokens=False)["input_ids"]:
+        raise ConfigError(
+            f"NAME has no tokenizer: {name!r} lacks its files; copy them there with "
+            f"AutoTokenizer.from_pretrained(ORIGINAL).save_pretrained({name!r})"
+        )
+    return found
+
+
+def _announce_compiling(command: str) -> None:
+    """Say what takes so long on the first run: nothing is compiled yet."""
+    from hybrimoe.kernels.experts import run_experts
+
+    folder = getattr(run_experts._cache, "cache_path", None)  # none where nothing can be kept
+    if folder is None or not any(Path(folder).glob("*.nbi")):
+        text = "compiling kernels for this machine, about half a minute"
+        kept = "" if folder is None else ", once"
+        print(f"hybrimoe {command}: {text}{kept}", file=sys.stderr)
