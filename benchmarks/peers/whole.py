@@ -30,8 +30,8 @@ from machine import describe, finish
 PROMPT, DECODE = 512, 48
 
 
-def build(layers: int) -> torch.nn.Module:
-    """The model with random weights, packed."""
+def build(layers: int, dtype: torch.dtype) -> torch.nn.Module:
+    """The model with random weights, packed; everything between packed layers in `dtype`."""
     config = Qwen3MoeConfig(
         **{"vocab_size": shape.VOCABULARY, "hidden_size": shape.D, "num_hidden_layers": layers},
         **{"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128},
@@ -52,6 +52,9 @@ def build(layers: int) -> torch.nn.Module:
     for module in model.modules():  # buffers of rotary embeddings are not stored anywhere
         if hasattr(module, "inv_freq"):
             module.__init__(config)
+    for name, parameter in model.named_parameters():
+        if ".experts." not in name:  # those are the same when packed
+            parameter.data = parameter.data.to(dtype)
     return hybrimoe.wrap(model, device="cpu", weights="int4", linear="int4")
 
 

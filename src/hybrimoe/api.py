@@ -25,7 +25,7 @@ from hybrimoe.kernels.threads import usable_cores
 from hybrimoe.policy.cost import write_atomically
 from hybrimoe.policy.timeline import perfetto
 from hybrimoe.report import Report
-from hybrimoe.runtime import formats
+from hybrimoe.runtime import formats, siblings
 from hybrimoe.runtime.adapters import FoundExperts, find_experts, top_k_of
 from hybrimoe.runtime.devices.cuda import TorchAccelerator
 from hybrimoe.runtime.devices.device import Accelerator, EmulatedAccelerator
@@ -37,6 +37,7 @@ from hybrimoe.runtime.linears import PackedLinear, find_linears
 from hybrimoe.runtime.loading.load_memory import ensure_wrap_fits
 from hybrimoe.runtime.measuring.stats import Stats
 from hybrimoe.runtime.pool import ExpertPool
+from hybrimoe.runtime.rms_norms import FusedNorm, find_norms
 from hybrimoe.runtime.routers import seats_of
 from hybrimoe.runtime.shared_experts import EarlyExperts
 from hybrimoe.runtime.storage.tiers import open_tier
@@ -56,6 +57,7 @@ class Runtime:
         self.pool.tier = open_tier(config, model)
         self.layers: list[PooledExperts] = []
         self.linears: list[PackedLinear] = []
+        self.norms: list[FusedNorm] = []
         self.hybrid: Hybrid | None = None
         self._counters = Stats()
         self.threads = config.threads or min(torch.get_num_threads(), usable_cores())
@@ -118,16 +120,19 @@ class Runtime:
         return layer
 
     @property
-    def packed(self) -> list[PooledExperts | PackedLinear]:
+    def packed(self) -> list[PooledExperts | PackedLinear | FusedNorm]:
         """All modules that stand for the model's own."""
-        return [*self.layers, *self.linears]
+        return [*self.layers, *self.linears, *self.norms]
 
     def pack_linears(self, model: nn.Module, weights: str) -> None:
-        """Pack the dense layers too, each in its place."""
-        for found in find_linears(model, weights, [layer.name for layer in self.layers]):
-            layer = PackedLinear(found, self.pool.workspace, self.threads)
+        """Pack the dense layers too, each in its place, and fuse the norms between them."""
+        found = find_linears(model, weights, [layer.name for layer in self.layers])
+        for layer in siblings.pack(found, self.pool.workspace, self.threads):
             self.linears.append(layer)
             layer.install()
+        for norm in list(find_norms(model)):
+            self.norms.append(FusedNorm(norm))
+            self.norms[-1].install()
 
     def share(self, model: nn.Module, accelerator: Accelerator) -> None:
         """From now on, the policies divide the experts between the CPU and an accelerator."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -17,6 +18,9 @@ from hybrimoe.runtime.adapters import ExpertWeights
 from hybrimoe.runtime.guards import Rooted
 from hybrimoe.runtime.pool import allocate_blobs
 from hybrimoe.runtime.routers import seats_of
+
+if TYPE_CHECKING:
+    from hybrimoe.runtime.siblings import Siblings
 
 SMALLEST = 1 << 12
 """Weights below which a matrix is left alone: there is nothing to gain."""
@@ -62,19 +66,29 @@ def find_linears(model: nn.Module, weights: str, experts: list[str]) -> list[Fou
 
 
 class PackedLinear(Rooted):
-    """Computes `x @ weight.T + bias` from packed rows; the original is kept aside, without weights."""
+    """Computes `x @ weight.T + bias` from packed rows; the original is kept aside, without weights.
 
-    def __init__(self, found: FoundLinear, workspace: Workspace, threads: int) -> None:
+    matrix: the packed rows, where they are a part of more; None packs them into memory of their own.
+    """
+
+    def __init__(
+        self,
+        found: FoundLinear,
+        workspace: Workspace,
+        threads: int,
+        matrix: PackedMatrix | None = None,
+    ) -> None:
         super().__init__()
         linear = found.module
         self.name, self.threads, self.workspace = found.name, threads, workspace
+        self.siblings: Siblings | None = None  # who may compute this layer along with others
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.dtype = linear.weight.dtype
         self.number = opaque.register(self)
         # Kept out of nn.Module's registry: its parameters are not parameters of the model now.
         self.__dict__["found"] = found
         self.native_bytes = linear.weight.numel() * linear.weight.element_size()
-        self.matrix = pack_matrix(found.fmt, linear)
+        self.matrix = matrix or pack_matrix(found.fmt, linear)
         self.train(linear.training)
 
     def install(self) -> None:
@@ -103,21 +117,13 @@ class PackedLinear(Rooted):
             return cast(Tensor, _Differentiable.apply(self, x))
         if torch.compiler.is_compiling():
             return opaque.linear(x, self.number, self.out_features)
+        if self.siblings is not None:
+            return self.siblings.compute(self, x)
         return self.compute(x)
 
     def compute(self, x: Tensor) -> Tensor:
         """`forward` without gradients."""
-        if x.dtype not in formats.NATIVE:
-            raise RoutingError(
-                f"the input must be float32, bfloat16 or float16, got {x.dtype} in {self.name}"
-            )
-        flat = x.detach().reshape(-1, x.shape[-1]).contiguous()
-        out = torch.empty(len(flat), self.out_features, dtype=x.dtype)
-        if len(flat):
-            arrays = _bits(flat), _bits(out)
-            dtype = formats.NATIVE[x.dtype]
-            run_linear(self.matrix, *arrays, self.workspace, dtype, self.threads)
-        return out.view(*x.shape[:-1], self.out_features)
+        return multiply(self.matrix, x, self)
 
     def __getattr__(self, name: str) -> Any:
         if name in ("weight", "bias"):
@@ -155,16 +161,51 @@ class _Differentiable(torch.autograd.Function):
         return None, grads[0] @ ctx.layer.unpacked().to(grads[0].dtype)
 
 
+def multiply(matrix: PackedMatrix, x: Tensor, layer: PackedLinear) -> Tensor:
+    """x [..., K] times a packed matrix [N, K], -> [..., N] in x's dtype, as a layer's settings say."""
+    dtype, (outputs, inputs) = formats.NATIVE.get(x.dtype), matrix.shape
+    if dtype is None or x.shape[-1] != inputs:
+        raise RoutingError(
+            f"the input must be [..., {inputs}] in float32, bfloat16 or float16, got "
+            f"{x.dtype} {tuple(x.shape)} in {layer.name}"
+        )
+    # Each torch call costs microseconds in decode, so only those that are needed are made.
+    if x.requires_grad:
+        x = x.detach()
+    out = torch.empty(*x.shape[:-1], outputs, dtype=x.dtype)
+    if out.numel():
+        rows = formats.bits(x if x.is_contiguous() else x.contiguous()).reshape(-1, inputs)
+        into = formats.bits(out).reshape(-1, outputs)
+        run_linear(matrix, rows, into, layer.workspace, dtype, layer.threads)
+    return out
+
+
 def pack_matrix(fmt: str, linear: nn.Linear) -> PackedMatrix:
     """Pack one weight [N, K] into memory of its own; raises FormatError if the format cannot hold it."""
-    outputs, inputs = linear.weight.shape
-    layout = matrix_layout(fmt, outputs, inputs)
-    blobs = allocate_blobs(1, layout)
-    formats.pack(fmt, layout, _as_down(linear.weight.data), blobs)
-    bias = np.zeros(0 if linear.bias is None else layout.hidden, np.float32)
-    if linear.bias is not None:
-        bias[:outputs] = linear.bias.detach().float().numpy()
-    return PackedMatrix(fmt, layout, (outputs, inputs), blobs[0], bias)
+    return pack_matrices(fmt, [linear])[1]
+
+
+def pack_matrices(fmt: str, linears: Sequence[nn.Linear]) -> list[PackedMatrix]:
+    """Pack weights [N, K] of one K behind each other: all as one matrix, then each.
+
+    The rows of each begin at a multiple of 32. Raises FormatError if the format cannot hold them.
+    """
+    inputs = linears[0].in_features
+    layouts = [matrix_layout(fmt, linear.out_features, inputs) for linear in linears]
+    whole = matrix_layout(fmt, sum(layout.hidden for layout in layouts), inputs)
+    blob = allocate_blobs(1, whole)[0]
+    biased = any(linear.bias is not None for linear in linears)
+    bias = np.zeros(whole.hidden if biased else 0, np.float32)
+    parts, at, row = [], 0, 0
+    for layout, linear in zip(layouts, linears, strict=True):
+        part = blob[at : at + layout.expert_bytes]
+        formats.pack(fmt, layout, _as_down(linear.weight.data), part[None])
+        if linear.bias is not None:
+            bias[row : row + linear.out_features] = linear.bias.detach().float().numpy()
+        own = bias[row : row + layout.hidden]
+        parts.append(PackedMatrix(fmt, layout, (linear.out_features, inputs), part, own))
+        at, row = at + layout.expert_bytes, row + layout.hidden
+    return [PackedMatrix(fmt, whole, (whole.hidden, inputs), blob, bias), *parts]
 
 
 def _as_down(weight: Tensor) -> ExpertWeights:
@@ -172,9 +213,3 @@ def _as_down(weight: Tensor) -> ExpertWeights:
     outputs, inputs = weight.shape
     nothing = torch.empty(1, 0, inputs, outputs, dtype=weight.dtype)
     return ExpertWeights(nothing, weight[None], Gate(0))
-
-
-def _bits(tensor: Tensor) -> np.ndarray:
-    halves = tensor.dtype in (torch.bfloat16, torch.float16)
-    array: np.ndarray = (tensor.view(torch.uint16) if halves else tensor).numpy()
-    return array
