@@ -15,7 +15,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm
 import hybrimoe
 from hybrimoe import WrappedModelError
 from hybrimoe.runtime import rms_norms
-from hybrimoe.runtime.rms_norms import CLOSE, FoundNorm, Formula, FusedNorm, formula_of
+from hybrimoe.runtime.rms_norms import CLOSE, Formula, FoundNorm, FusedNorm, formula_of
 from paths import TINY_MOE
 
 KINDS = [Qwen3MoeRMSNorm, GptOssRMSNorm, Gemma3RMSNorm, nn.RMSNorm]
@@ -131,7 +131,10 @@ def test_a_changed_weight_is_seen(calls):
         fused.weight.data = torch.ones(64)
         calls.clear()
         assert torch.equal(fused(x), fused.found.module(x))
-    assert not calls
+        assert not calls
+        fused.weight = nn.Parameter(torch.full((64,), 3.0))
+        assert torch.equal(fused(x), fused.found.module(x))
+        torch.testing.assert_close(fused(x).norm(), torch.tensor(24.0))
 
 
 def test_nan_and_infinity_survive():

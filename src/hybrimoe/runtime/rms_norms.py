@@ -70,24 +70,33 @@ class FusedNorm(Rooted):
         """What the original returns for the same arguments."""
         if args or kwargs or not self._serves(x):
             return self.found.module(x, *args, **kwargs)
-        out = torch.empty_like(x)
-        columns, formula = len(self.bits), self.formula
-        rows = formats.bits(x.detach()).reshape(-1, columns)
-        into = formats.bits(out).reshape(-1, columns)
-        run_norm(rows, self.bits, into, *formula, self.format)
+        if x.requires_grad:
+            x = x.detach()
+        out, columns = torch.empty_like(x), x.shape[-1]
+        rows, into = formats.bits(x).reshape(-1, columns), formats.bits(out).reshape(-1, columns)
+        run_norm(rows, self.bits, into, *self.formula, self.format)
         return out
 
     def _serves(self, x: Tensor) -> bool:
         """Whether the kernel can compute this."""
+        weight = self._parameters["weight"]  # `self.weight` takes nn.Module a microsecond
+        assert weight is not None
         if torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_cpu:
             return False
-        if x.dtype != self.dtype or x.shape[-1] != len(self.bits) or not 0 < x.numel() <= MOST:
+        if x.dtype != self.dtype or x.shape[-1] != self.bits.size or not 0 < x.numel() <= MOST:
             return False
-        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
+        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
             return False
-        if self.weight.data_ptr() != self.place:  # somebody gave the parameter other memory
+        if weight.data_ptr() != self.place:  # somebody gave the parameter other memory
             return False
         return x.is_contiguous()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if (
+            name == "weight" and "found" in self.__dict__
+        ):  # another parameter is the original's, too
+            setattr(self.found.module, name, value)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -51,8 +51,11 @@ class Siblings:
 
     def compute(self, layer: PackedLinear, x: Tensor) -> Tensor:
         """What the layer alone would compute, to the bit."""
-        # Inference tensors do not tell whether they were changed.
-        if not self.together or x.numel() != layer.in_features or torch.is_inference(x):
+        if not self.together or x.numel() != layer.in_features:
+            return layer.compute(x)
+        # Inference tensors do not tell whether they were changed; autograd takes parts of one tensor
+        # for changed when another part is.
+        if torch.is_inference(x) or torch.is_grad_enabled():
             return layer.compute(x)
         memo = self.latest.memo
         if layer is self.layers[0]:
