@@ -3,8 +3,12 @@
 Run: python benchmarks/peers/whole.py [--layers 6] [--threads 2] [--rounds 3] [--peers DIR]
 
 Everything is packed: experts and dense layers as int4 here (the head as int8), as q4_0 there. Rounds
-alternate. Decode is one token after a short prompt; prefill is 512 tokens. The vocabulary is small on
-both sides, so that the head does not drown a few layers.
+alternate. Decode is 48 tokens after a short prompt, the mean of all as llama-bench counts them;
+prefill is 512 tokens. The vocabulary is small on both sides, so that the head does not drown a few
+layers.
+
+What lies between packed layers is float32 in the first row, as in llama.cpp, and bfloat16 in the
+second, as most checkpoints are: `from_pretrained(..., dtype=torch.float32)` chooses.
 """
 
 from __future__ import annotations
@@ -28,10 +32,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from machine import describe, finish
 
 PROMPT, DECODE = 512, 48
+PEER = "llama.cpp q4_0"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def build(layers: int) -> torch.nn.Module:
-    """The model with random weights, packed."""
+def build(layers: int, dtype: torch.dtype) -> torch.nn.Module:
+    """The model with random weights, packed; everything between packed layers in `dtype`."""
     config = Qwen3MoeConfig(
         **{"vocab_size": shape.VOCABULARY, "hidden_size": shape.D, "num_hidden_layers": layers},
         **{"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128},
@@ -52,6 +58,9 @@ def build(layers: int) -> torch.nn.Module:
     for module in model.modules():  # buffers of rotary embeddings are not stored anywhere
         if hasattr(module, "inv_freq"):
             module.__init__(config)
+    for name, parameter in model.named_parameters():
+        if ".experts." not in name:  # those are the same when packed
+            parameter.data = parameter.data.to(dtype)
     return hybrimoe.wrap(model, device="cpu", weights="int4", linear="int4")
 
 
@@ -63,13 +72,11 @@ def ours(model: torch.nn.Module) -> dict[str, float]:
     model(ids, use_cache=True, logits_to_keep=1)
     prefill = time.perf_counter() - start
     past = model(ids[:, :8], use_cache=True, logits_to_keep=1).past_key_values
-    token, seconds = ids[:, 8:9], []
+    token, start = ids[:, 8:9], time.perf_counter()
     for _ in range(DECODE):
-        start = time.perf_counter()
         out = model(token, past_key_values=past, use_cache=True)
         token = out.logits[:, -1:].argmax(-1)
-        seconds.append(time.perf_counter() - start)
-    return {"prefill": PROMPT / prefill, "decode": 1 / statistics.median(seconds)}
+    return {"prefill": PROMPT / prefill, "decode": DECODE / (time.perf_counter() - start)}
 
 
 def theirs(bench: Path, model: Path, threads: int) -> dict[str, float]:
@@ -90,23 +97,28 @@ def main() -> None:
     layout = Layout(options.peers)
     gguf = layout.model(options.layers, "q4_0")
     torch.set_num_threads(options.threads)
-    model = build(options.layers)
-    ours(model)
-    rows: dict[str, list[dict[str, float]]] = {"hybrimoe": [], "llama.cpp q4_0": []}
+    models = {f"hybrimoe {name}": build(options.layers, dtype) for name, dtype in DTYPES.items()}
+    for model in models.values():
+        ours(model)
+    rows: dict[str, list[dict[str, float]]] = {name: [] for name in (*models, PEER)}
     for _ in range(options.rounds):
-        rows["hybrimoe"].append(ours(model))
-        rows["llama.cpp q4_0"].append(theirs(layout.llama_bench, gguf, options.threads))
-    print(f"{describe()}\n\n{'':16} {'prefill tokens/s':>17} {'decode tokens/s':>16}")
+        for name, model in models.items():
+            rows[name].append(ours(model))
+        rows[PEER].append(theirs(layout.llama_bench, gguf, options.threads))
+    print(f"{describe()}\n\n{'':18} {'prefill tokens/s':>17} {'decode tokens/s':>16}")
     medians = {
         name: {k: statistics.median(run[k] for run in runs) for k in ("prefill", "decode")}
         for name, runs in rows.items()
     }
     for name, row in medians.items():
-        print(f"{name:16} {row['prefill']:17.1f} {row['decode']:16.1f}")
-    ratio = {
-        k: medians["hybrimoe"][k] / medians["llama.cpp q4_0"][k] for k in ("prefill", "decode")
-    }
-    print(f"{'ratio':16} {ratio['prefill']:17.2f} {ratio['decode']:16.2f}")
+        ratios = [
+            statistics.median(
+                mine[k] / its[k] for mine, its in zip(rows[name], rows[PEER], strict=True)
+            )
+            for k in ("prefill", "decode")
+        ]
+        print(f"{name:18} {row['prefill']:17.1f} {row['decode']:16.1f}", end="")
+        print(f"   {ratios[0]:.2f}x {ratios[1]:.2f}x")
     finish("whole", [{"name": name, **row} for name, row in medians.items()], describe())
 
 

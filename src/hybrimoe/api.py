@@ -38,6 +38,7 @@ from hybrimoe.runtime.linears import PackedLinear, find_linears
 from hybrimoe.runtime.loading.load_memory import ensure_wrap_fits
 from hybrimoe.runtime.measuring.stats import Stats
 from hybrimoe.runtime.pool import ExpertPool
+from hybrimoe.runtime.rms_norms import FusedNorm, find_norms
 from hybrimoe.runtime.routers import seats_of
 from hybrimoe.runtime.shared_experts import EarlyExperts
 from hybrimoe.runtime.storage.tiers import open_tier
@@ -57,6 +58,7 @@ class Runtime:
         self.pool.tier = open_tier(config, model)
         self.layers: list[PooledExperts] = []
         self.linears: list[PackedLinear] = []
+        self.norms: list[FusedNorm] = []
         self.hybrid: Hybrid | None = None
         self._counters = Stats()
         self.threads = config.threads or min(torch.get_num_threads(), usable_cores())
@@ -119,16 +121,19 @@ class Runtime:
         return layer
 
     @property
-    def packed(self) -> list[PooledExperts | PackedLinear]:
+    def packed(self) -> list[PooledExperts | PackedLinear | FusedNorm]:
         """All modules that stand for the model's own."""
-        return [*self.layers, *self.linears]
+        return [*self.layers, *self.linears, *self.norms]
 
     def pack_linears(self, model: nn.Module, weights: str) -> None:
-        """Pack the dense layers too, each in its place."""
+        """Pack the dense layers too, each in its place, and fuse the norms between them."""
         for found in find_linears(model, weights, [layer.name for layer in self.layers]):
             layer = PackedLinear(found, self.pool.workspace, self.threads)
             self.linears.append(layer)
             layer.install()
+        for norm in list(find_norms(model)):
+            self.norms.append(FusedNorm(norm))
+            self.norms[-1].install()
 
     def share(self, model: nn.Module, accelerator: Accelerator) -> None:
         """From now on, the policies divide the experts between the CPU and an accelerator."""

@@ -42,7 +42,8 @@ class Config:
         them slots are given up as the KV cache grows.
     weights: how experts are kept: "native" is lossless, "int8" and "int4" round in groups of 32.
     linear: "int8" or "int4" packs the dense layers too, for models that run on the CPU alone; the
-        output head stays at int8. None leaves them as they are.
+        output head stays at int8, and norms of few tokens become one kernel call each. None leaves
+        them as they are.
     scheduler, cache, prefetcher: policy objects (a Scheduler, a Ranking, a Prefetcher) that replace
         those of the preset.
     preset: a named set of policies; None is "hybrimoe".

@@ -26,6 +26,14 @@ BOUNDS = {"float32": 1e-9, "float16": 1e-6, "bfloat16": 1e-4, "int8": 2e-4, "int
 """NMSE of a layer against float32 arithmetic on the stored weights that `verify` accepts."""
 
 
+def bits(tensor: torch.Tensor) -> np.ndarray:
+    """A contiguous tensor of the host as kernels take it: bfloat16 and float16 as uint16."""
+    array: np.ndarray = (
+        tensor if tensor.dtype == torch.float32 else tensor.view(torch.uint16)
+    ).numpy()
+    return array
+
+
 def format_of(weights: str, dtype: torch.dtype) -> str:
     """The blob format for a `Config.weights` choice and a checkpoint dtype."""
     if dtype not in NATIVE:
