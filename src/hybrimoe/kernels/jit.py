@@ -10,7 +10,7 @@ from hybrimoe.caching import cache_for, sources_stamp
 FASTMATH = {"nsz", "arcp", "contract", "afn", "reassoc"}
 """No nnan and no ninf: a broken model must show its NaN."""
 
-NOT_COMPILED = {"reference.py", "torch_experts.py", "torch_pairs.py", "moe.py", "workspace.py"} | {
+NOT_COMPILED = {"reference.py", "reference_k.py", "torch_experts.py", "torch_pairs.py", "moe.py", "workspace.py"} | {
     f"triton_{name}.py" for name in ("experts", "pairs", "tiles", "units")
 }
 _OPTIONS = {"fastmath": FASTMATH, "nogil": True, "error_model": "numpy", "_nrt": False}
