@@ -64,8 +64,9 @@ def run_experts(
 ):  # fmt: skip
     """out[t] = sum over k of weights[t, k] * expert[ids[t, k]](x[t]).
 
+    fmt: the formats of gate and up, and of down.
     blobs [N, expert_bytes] uint8; place [E] int32, the row of each expert that has work; x, out
-    [T, D] in `dtype` (bfloat16 and float16 as uint16 bits); fmt: those of gate and up, and of down; ids [T, K] int64, every id in [0, E);
+    [T, D] in `dtype` (bfloat16 and float16 as uint16 bits); ids [T, K] int64, every id in [0, E);
     weights [T, K] float32; shards [E, 2] int32, the range of shards of each expert to sum. All
     C-contiguous. add: 1 to go on from what `out` holds, 0 to begin at zero.
     """

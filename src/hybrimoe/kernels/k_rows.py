@@ -26,12 +26,12 @@ from hybrimoe.kernels.simd import (
     I16,
     I32,
     LANES,
-    address,
-    load,
     add_product,
     add_scaled,
+    address,
     high_nibbles,
     int_tile,
+    load,
     load_at,
     load_bytes,
     load_f16,
@@ -74,9 +74,7 @@ def add_bits_above(typing, nibbles, bits, shift, mask):
         words, shift = builder.bitcast(args[1], WORDS), builder.trunc(args[2], I16)
         zero = I16(0)
         right = builder.select(builder.icmp_signed(">", shift, zero), shift, zero)
-        left = builder.select(
-            builder.icmp_signed("<", shift, zero), builder.sub(zero, shift), zero
-        )
+        left = builder.select(builder.icmp_signed("<", shift, zero), builder.sub(zero, shift), zero)
         words = builder.lshr(words, splat(builder, right, 32))
         words = builder.shl(words, splat(builder, left, 32))
         keep = splat(builder, builder.trunc(args[3], I8), 64)

@@ -44,7 +44,7 @@ class Weights(NamedTuple):
 def pack_experts(fmt, dtype, threads, layout, weights, blobs, rows, work):
     """Fill `blobs` [E, expert_bytes] uint8 from `weights`, biases aside.
 
-    fmt: the formats of gate and up, and of down; not K types, which are made from no floats.
+    fmt: the formats of gate and up, and of down; blocks of K types are left alone.
     rows: [threads, 32] float32 scratch. work: [8] int64 zeros; work[1] tells how many groups could
     not be quantized, because a weight is not finite or its scale exceeds float16. work[3] set to
     ONLY_UP or ONLY_DOWN leaves the other matrices' bytes alone and does not read their weights.
@@ -302,6 +302,10 @@ def _scale_and_least(blob, head, at, lane):
     return scale, widen(F16, halves[head // 2 + 16 + lane]) * np.float32(blob[at + 16 + lane])
 
 
+def _leave(fmt, row, blob, at, lane, g, work):
+    """K types are made from no floats: what a file brought stays."""
+
+
 _PACKERS = {
     "int4": _pack_int4,
     "int8": _pack_int8,
@@ -323,7 +327,7 @@ _UNPACKERS = {
 
 @overload(pack_group, jit_options=INLINED)
 def _choose_packer(fmt, row, blob, at, lane, g, work):
-    return _PACKERS[fmt.value]
+    return _PACKERS.get(fmt.value, _leave)
 
 
 @overload(unpack_group, jit_options=INLINED)

@@ -12,7 +12,7 @@ import torch
 from hybrimoe.errors import FormatError
 from hybrimoe.kernels import packing
 from hybrimoe.kernels.dtypes import DTYPES
-from hybrimoe.kernels.layout import QUANTIZED, Layout, is_integer, split
+from hybrimoe.kernels.layout import QUANTIZED, Layout, has_k_types, is_integer, split
 from hybrimoe.kernels.rows import FORMATS
 from hybrimoe.kernels.threads import launch
 
@@ -30,7 +30,7 @@ INTEGER_BOUND = 2e-4
 
 
 def format_of(weights: str, dtype: torch.dtype) -> str:
-    """The blob format for a `Config.weights` choice and a checkpoint dtype."""
+    """The blob format for a `Config.weights` choice, or a file's format, and a checkpoint dtype."""
     if dtype not in NATIVE:
         raise FormatError(f"expert weights must be float32, bfloat16 or float16, got {dtype}")
     return NATIVE[dtype] if weights == "native" else weights
@@ -70,7 +70,12 @@ def check_range(name: str, fmt: str, tensors: list[torch.Tensor]) -> None:
 
 
 def pack(fmt: str, layout: Layout, weights: ExpertWeights, blobs: np.ndarray) -> None:
-    """Fill `blobs` [E, expert_bytes] uint8 with all experts of one layer; not in K types."""
+    """Fill `blobs` [E, expert_bytes] uint8 with all experts of one layer.
+
+    Raises FormatError for K types, which are made from no floats.
+    """
+    if has_k_types(fmt):
+        raise FormatError(f"experts are kept as {fmt} only if a GGUF file holds them so")
     _convert(packing.pack_experts, fmt, layout, weights, blobs)
     pack_biases(layout, weights, blobs)
 

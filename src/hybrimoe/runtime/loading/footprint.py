@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hybrimoe.kernels.layout import Layout, expert_layout
+from hybrimoe.kernels.layout import Layout, expert_layout, split
 from hybrimoe.kernels.moe import LONGEST
 from hybrimoe.kernels.rows import activation_bytes
 from hybrimoe.runtime import formats
@@ -26,7 +27,10 @@ NO_PASS = ForwardMemory(0, 0, True, 0)
 
 @dataclass(frozen=True)
 class ExpertShape:
-    """The routed experts of one layer. inner: F; native_bytes: as the checkpoint's dtype has them."""
+    """The routed experts of one layer. inner: F; native_bytes: as the checkpoint's dtype has them.
+
+    kept: the format that its files prescribe, whatever is asked for; None if they prescribe none.
+    """
 
     name: str
     experts: int
@@ -36,11 +40,15 @@ class ExpertShape:
     bias: bool
     dtype: torch.dtype
     native_bytes: int
+    kept: str | None = None
+
+    def fmt(self, weights: str) -> str:
+        """The blob format of its experts where a `Config.weights` format is asked for."""
+        return formats.format_of(self.kept or weights, self.dtype)
 
     def layout(self, weights: str) -> Layout:
-        """Where the numbers of one packed expert lie in a `Config.weights` format."""
-        fmt = formats.format_of(weights, self.dtype)
-        return expert_layout(fmt, self.hidden, self.inner, self.gated, self.bias)
+        """Where the numbers of one packed expert lie."""
+        return expert_layout(self.fmt(weights), self.hidden, self.inner, self.gated, self.bias)
 
     def packed_bytes(self, weights: str) -> int:
         """All experts of the layer in the pool."""
@@ -65,6 +73,11 @@ class Footprint:
     forward: ForwardMemory
     stored: int = 0
     streams: bool = True
+
+    def keeping(self, weights_of: Callable[[str], str | None]) -> Footprint:
+        """The same with the format that files prescribe for the experts of each name."""
+        layers = tuple(replace(layer, kept=weights_of(layer.name)) for layer in self.layers)
+        return replace(self, layers=layers)
 
     @property
     def experts(self) -> int:
@@ -117,8 +130,8 @@ class Footprint:
 
     def _workspace(self, layer: ExpertShape, weights: str, tokens: int) -> int:
         layout, k = layer.layout(weights), self.top_k
-        fmt = formats.format_of(weights, layer.dtype)
-        x, h = (activation_bytes(fmt, size) for size in (layout.hidden, layout.inner))
+        up, down = split(layer.fmt(weights))
+        x, h = activation_bytes(up, layout.hidden), activation_bytes(down, layout.inner)
         return tokens * (x + k * (h + 8) + 4 * layout.hidden)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -28,23 +28,24 @@ def ensure_fits(
     ram: Size = None,
     files: Iterable[str] = (),
     stored: int = 0,
-    is_packed: bool = False,
+    kept: Callable[[str], str | None] | None = None,
 ) -> None:
     """Raise InsufficientMemoryError, before any is taken, if the load cannot fit into host memory.
 
     model: on the meta device. The peak is all packed experts (of experts with a budget `ram`, what
     that holds and one packed layer), the dense weights, and what the loader needs besides.
-    files: those that transformers maps. stored: tensors of the checkpoint. is_packed: the experts
-    lie packed in other files, in that format.
+    files: those that transformers maps. stored: tensors of the checkpoint. kept: the format of the
+    experts of a name, where they come from files of their own, which prescribe it.
     """
     footprint = footprint_to_load(model, kept_dtypes(model, model.dtype))
-    streams = is_packed or packs_on_arrival(model)
+    streams = kept is not None or packs_on_arrival(model)
     dense = footprint.dense_bytes - _tied_later(model)
     footprint = replace(footprint, dense_bytes=dense, stored=stored, streams=streams)
+    footprint = footprint if kept is None else footprint.keeping(kept)
     have = host_memory(mapped=sum(os.path.getsize(file) for file in files))
     room = have.free - MARGIN
     need, others = _peak(footprint, weights, ram), list(WEIGHTS)
-    if is_packed or ram is not None:
+    if kept is not None or ram is not None:
         others = []
     fits = [choice for choice in others if _peak(footprint, choice, None) <= room]
     nearest = f"weights={fits[0]!r} fits" if fits else _on_disk(footprint, weights, room)
