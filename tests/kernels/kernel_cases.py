@@ -6,9 +6,8 @@ import numpy as np
 
 from hybrimoe.kernels import moe, reference
 from hybrimoe.kernels.activations import NAMES, Gate
-from hybrimoe.kernels.layout import QUANTIZED, expert_layout, is_integer
+from hybrimoe.kernels.layout import BLOCK_BYTES, QUANTIZED, expert_layout, is_integer
 from hybrimoe.kernels.moe import HOST_ISA, PackedLayer, run_layer
-from hybrimoe.kernels.rows import FORMATS
 from hybrimoe.kernels.simd import ISAS, runs_here
 from hybrimoe.kernels.workspace import Workspace
 
@@ -16,7 +15,7 @@ SILU, CLAMPED = Gate(NAMES.index("silu")), Gate(NAMES.index("silu"), 1.702, 7.0,
 
 # Each triple is compiled once, which takes seconds; everything else varies at run time.
 TRIPLES = [
-    *[(HOST_ISA, fmt, "float32") for fmt in FORMATS],
+    *[(HOST_ISA, fmt, "float32") for fmt in BLOCK_BYTES],
     *[
         (isa, fmt, "float32")
         for isa in ISAS
