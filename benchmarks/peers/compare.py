@@ -72,7 +72,14 @@ def commands(layout: Layout, arguments: argparse.Namespace) -> list[list[str]]:
     # llama.cpp's q4_k as it lies in the file is slower than q4_0 in decode and faster in prefill.
     q4_k = [*llama_cpp, "--weights", "q4_k", "--no-repack"]
     same = [*ours, "--format", "q4_k"]  # what a file of that type becomes in the pool
-    runs = [(ours, threads), (same, threads), (kt_kernel, threads), *fewer, (llama_cpp, threads), (q4_k, threads)]
+    runs = [
+        (ours, threads),
+        (same, threads),
+        (kt_kernel, threads),
+        *fewer,
+        (llama_cpp, threads),
+        (q4_k, threads),
+    ]
     return [
         [str(word) for word in (*script, "--layers", layers, "--threads", count)]
         for script, count in runs
