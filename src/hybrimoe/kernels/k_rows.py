@@ -58,7 +58,10 @@ def _times(floats, array, offset, convert):
     def codegen(context, builder, sig, args):
         place = address(context, builder, array, *args[1:])
         narrow = load(builder, place, ir.VectorType(I8, LANES))
-        return builder.fmul(args[0], getattr(builder, convert)(narrow, FLOATS.llvm))
+        wide = getattr(builder, convert)(narrow, FLOATS.llvm)
+        # A flag of its own keeps `reassoc` away: this product is exact, but in tiles of one token
+        # LLVM would scale the activations first, and their sums would have other bits.
+        return builder.fmul(args[0], wide, flags=("nsz",))
 
     return FLOATS(floats, array, types.intp), codegen
 
