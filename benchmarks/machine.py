@@ -16,11 +16,8 @@ from hybrimoe.kernels.layout import expert_layout
 from hybrimoe.kernels.moe import HOST_ISA, PackedLayer
 from hybrimoe.kernels.simd import take
 from hybrimoe.kernels.threads import fork_join, launch
-from hybrimoe.runtime.adapters import ExpertWeights
-from hybrimoe.runtime.formats import pack
+from hybrimoe.runtime.measuring.random_experts import fill_random
 from hybrimoe.runtime.pool import allocate_blobs
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def describe(threads: int | None = None) -> dict:
@@ -101,19 +98,8 @@ def _sized(size: int):
 def random_layer(fmt: str, experts: int, hidden: int, inner_dim: int, bias: bool = False):
     """A `PackedLayer` of random experts: eight different ones, repeated."""
     layout = expert_layout(fmt, hidden, inner_dim, True, bias)
-    generator = torch.Generator().manual_seed(0)
-    few = min(8, experts)
-    dtype = DTYPES.get(fmt, torch.bfloat16)
-    draw = lambda *shape: (torch.randn(*shape, generator=generator) * 0.03).to(dtype)  # noqa: E731
-    weights = ExpertWeights(
-        draw(few, 2, inner_dim, hidden),
-        draw(few, hidden, inner_dim),
-        Gate(0),
-        draw(few, 2, inner_dim) if bias else None,
-        draw(few, hidden) if bias else None,
-    )
-    blobs = allocate_blobs(experts, layout)
-    pack(fmt, layout, weights, blobs[:few])
+    few, blobs = min(8, experts), allocate_blobs(experts, layout)
+    fill_random(fmt, layout, blobs[:few])
     for start in range(few, experts, few):
         blobs[start : start + few] = blobs[: len(blobs[start : start + few])]
     return PackedLayer(fmt, layout, Gate(0), hidden, blobs)

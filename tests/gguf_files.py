@@ -29,7 +29,8 @@ def blocks(values: np.ndarray, kind: str, seed: int = 0) -> np.ndarray:
     count = values.size // 256
     raw = rng.integers(0, 256, (count, size), dtype=np.uint8)
     for at in K_HALVES[kind]:
-        scale = rng.uniform(2e-5, 4e-5, count) if kind != "Q2_K" else rng.uniform(1e-3, 2e-3, count)
+        least = {"Q2_K": 1e-3, "Q5_K": 1e-5, "Q6_K": 1e-5}.get(kind, 2e-5)
+        scale = rng.uniform(least, 2 * least, count)
         raw[:, at : at + 2] = scale.astype(np.float16).view(np.uint8).reshape(-1, 2)
     return raw.reshape(*values.shape[:-1], -1)
 

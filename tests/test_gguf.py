@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -21,8 +22,13 @@ from hybrimoe import (
     CheckpointNotFoundError,
     Config,
     ConfigError,
+    FormatError,
     UnsupportedModelError,
 )
+from hybrimoe.kernels.activations import Gate
+from hybrimoe.kernels.layout import expert_layout
+from hybrimoe.runtime import formats
+from hybrimoe.runtime.adapters import ExpertWeights
 from hybrimoe.runtime.loading.gguf_experts import ExpertsReader
 from paths import TINY_MOE
 
@@ -122,7 +128,8 @@ def test_types_that_differ_by_layer_are_kept_by_layer(tiny):
     model = hybrimoe.from_pretrained(tiny, gguf_file="mixed.gguf")
     formats = [layer.packed.fmt for layer in model.hybrimoe.layers]
 
-    assert formats == ["int8", "int4", "int4"] * 4
+    assert formats == ["int4+int8", "int4", "int4"] * 4
+    assert model.hybrimoe.report().format == "int4+int8, int4"
     assert hybrimoe.verify(model).passed
     assert_same_weights(hybrimoe.unwrap(model), reference_of(tiny, "mixed.gguf"))
 
@@ -149,10 +156,115 @@ def test_it_computes_the_same_beside_an_accelerator_and_from_the_disk(tiny):
         wanted = plain(tokens).logits
         shared = hybrimoe.from_pretrained(tiny, gguf_file="mixed.gguf", device="emulated")
         assert nmse(shared(tokens).logits, wanted) < 1e-4
-        need = plain.hybrimoe.pool.nbytes
-        tiered = hybrimoe.from_pretrained(tiny, gguf_file="mixed.gguf", ram=need)
-        assert {layer.packed.fmt for layer in tiered.hybrimoe.layers} == {"int8"}
-        assert nmse(tiered(tokens).logits, wanted) < 1e-4
+        tiered = hybrimoe.from_pretrained(tiny, gguf_file="mixed.gguf", ram=0.5)
+        assert tiered.hybrimoe.pool.tier is not None
+        assert torch.equal(tiered(tokens).logits, wanted)
+
+
+# K types.
+
+
+def q4_k_m(name: str) -> str:
+    """As files of that name have it: some of the down projections are wider."""
+    return "Q6_K" if "blk.0.ffn_down" in name else "Q4_K"
+
+
+K_FILES = {
+    "Q4_K": ["q4_k", "q4_k"],
+    "Q5_K": ["q5_k", "q5_k"],
+    "Q6_K": ["q6_k", "q6_k"],
+    q4_k_m: ["q4_k+q6_k", "q4_k"],
+    (lambda name: "Q8_0" if "down" in name else "Q4_K"): ["q4_k+int8", "q4_k+int8"],
+}
+K_NAMES = ["Q4_K", "Q5_K", "Q6_K", "Q4_K_M", "Q4_K and Q8_0"]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("kinds", "wanted"), K_FILES.items(), ids=K_NAMES)
+def test_k_types_keep_the_numbers_of_the_file_and_compute_with_them(
+    kinds, wanted, write_small, caplog
+):
+    folder = write_small(kinds)
+    model = load_small(folder)
+    reference = reference_of(folder, config=model.config)
+    tokens = torch.arange(12)[None]
+
+    assert [layer.packed.fmt for layer in model.hybrimoe.layers] == wanted
+    assert model.hybrimoe.config.weights == "native"
+    assert not [record for record in caplog.records if record.name == "hybrimoe"]
+    assert hybrimoe.verify(model).passed
+    with torch.no_grad():
+        # Activations are rounded to int8 in two layers, with nothing but noise in their weights.
+        assert nmse(model(tokens).logits, reference(tokens).logits) < 5e-4
+    assert_same_weights(hybrimoe.unwrap(model), reference)
+
+
+def test_k_types_take_the_bytes_of_the_file_and_little_more(write_small):
+    folder = write_small(q4_k_m)
+    held = {"Q4_K": 144, "Q6_K": 210}
+    file = sum(
+        held[q4_k_m(f"blk.{block}.ffn_{matrix}_exps.weight")] * 4 * 256
+        for block in (0, 1)
+        for matrix in ("gate", "up", "down")
+    )
+
+    assert file < load_small(folder).hybrimoe.pool.nbytes < 1.03 * file
+
+
+@pytest.mark.parametrize(
+    "where", [{"device": "emulated", "vram": 0.5}, {"ram": 0.5}, {"ram": 0.5, "device": "emulated"}]
+)
+def test_k_types_give_the_same_tokens_beside_an_accelerator_and_from_the_disk(where, write_small):
+    folder, tokens = write_small(q4_k_m), torch.arange(12)[None]
+    plain, moved = load_small(folder), load_small(folder, **where)
+
+    assert {layer.packed.fmt for layer in moved.hybrimoe.layers} == {"q4_k+q6_k", "q4_k"}
+    texts = [m.generate(tokens, max_new_tokens=8, do_sample=False) for m in (plain, moved)]
+    assert texts[0].tolist() == texts[1].tolist()
+    with torch.no_grad():
+        assert nmse(moved(tokens).logits, plain(tokens).logits) < 1e-9
+    assert all(layer.is_intact() for layer in moved.hybrimoe.layers)
+
+
+def test_k_types_are_saved_packed_and_read_again_as_they_are(write_small, tmp_path):
+    model = load_small(write_small(q4_k_m))
+    hybrimoe.save_packed(model, tmp_path / "packed")
+    again = hybrimoe.from_pretrained(tmp_path / "packed", ram=0.5)
+    tokens = torch.arange(12)[None]
+
+    assert [layer.packed.fmt for layer in again.hybrimoe.layers] == ["q4_k+q6_k", "q4_k"]
+    with torch.no_grad():
+        assert torch.equal(again(tokens).logits, model(tokens).logits)
+    for name, tensor in hybrimoe.unwrap(model).state_dict().items():
+        assert torch.equal(hybrimoe.unwrap(again).state_dict()[name], tensor)
+
+
+def test_packed_k_types_cannot_be_asked_for_in_another_format(write_small, tmp_path):
+    hybrimoe.save_packed(load_small(write_small("Q4_K")), tmp_path / "packed")
+    with pytest.raises(ConfigError, match="weights must be 'native'"):
+        hybrimoe.from_pretrained(tmp_path / "packed", weights="int4")
+
+
+def test_gate_and_up_of_different_types_are_rounded_to_int8_with_a_warning(write_small, caplog):
+    folder = write_small(lambda name: "Q6_K" if "gate" in name else "Q4_K")
+    model = load_small(folder)
+
+    assert {layer.packed.fmt for layer in model.hybrimoe.layers} == {"int8+q4_k"}
+    text = " ".join(record.getMessage() for record in caplog.records)
+    assert "type Q6_K are kept as int8" in text
+    assert "type Q4_K are kept as int8" in text
+    wanted = reference_of(folder, config=model.config).state_dict()
+    got = hybrimoe.unwrap(model).state_dict()
+    for name in (n for n in wanted if ".experts." in n):
+        assert nmse(got[name], wanted[name]) < 1e-4
+        assert torch.equal(got[name], wanted[name]) == ("down" in name)
+
+
+def test_floats_cannot_be_packed_as_k_types():
+    layout = expert_layout("q4_k", 256, 256, True, False)
+    weights = ExpertWeights(torch.zeros(1, 2, 256, 256), torch.zeros(1, 256, 256), Gate(0))
+    with pytest.raises(FormatError, match="only if a GGUF file holds them so"):
+        formats.pack("q4_k", layout, weights, np.zeros((1, layout.expert_bytes), np.uint8))
 
 
 # The configuration.
@@ -182,7 +294,7 @@ def test_a_shared_expert_is_as_wide_as_its_tensors(tiny, tmp_path):
 # Types that are rounded.
 
 
-@pytest.mark.parametrize("kind", ["Q4_K", "Q5_K", "Q6_K", "Q2_K", "Q3_K", "Q4_1", "Q5_1"])
+@pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_1", "Q5_1"])
 def test_other_types_are_rounded_to_int8_and_a_warning_says_by_how_much(kind, write_small, caplog):
     folder = write_small(kind)
     model = load_small(folder)
@@ -200,13 +312,13 @@ def test_other_types_are_rounded_to_int8_and_a_warning_says_by_how_much(kind, wr
         assert nmse(got[name], wanted[name]) == pytest.approx(said, rel=0.5)
 
 
-def test_a_wider_down_projection_takes_the_whole_layer_to_int8_without_loss(write_small, caplog):
-    folder = write_small(lambda name: "Q6_K" if "blk.0.ffn_down" in name else "Q4_0")
+def test_a_down_projection_of_a_type_without_a_format_is_rounded_alone(write_small, caplog):
+    folder = write_small(lambda name: "Q3_K" if "blk.0.ffn_down" in name else "Q4_0")
     model = load_small(folder)
 
-    assert [layer.packed.fmt for layer in model.hybrimoe.layers] == ["int8", "int4"]
+    assert [layer.packed.fmt for layer in model.hybrimoe.layers] == ["int4+int8", "int4"]
     (record,) = [record for record in caplog.records if record.name == "hybrimoe"]
-    assert "Q6_K" in record.getMessage()
+    assert "Q3_K" in record.getMessage()
     wanted = reference_of(folder, config=model.config).state_dict()
     got = hybrimoe.unwrap(model).state_dict()
     exact = [name for name in wanted if not name.endswith("0.mlp.experts.down_proj")]
@@ -230,7 +342,7 @@ def spoil(folder: Path, change) -> None:
     at = read_gguf(path, folder).tensors["blk.1.ffn_up_exps.weight"].offset
     with path.open("r+b") as file:
         file.seek(at)
-        block = bytearray(file.read(34))
+        block = bytearray(file.read(210))
         change(block)
         file.seek(at)
         file.write(block)
@@ -255,12 +367,14 @@ def test_minus_128_is_rounded_because_the_kernels_cannot_take_it(write_small, ca
     assert torch.equal(got[name][1:], wanted[name][1:])
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "Q4_K", "F16"])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "Q3_K", "F16"])
 def test_weights_that_are_not_finite_are_refused_with_their_tensor(kind, write_small):
-    folder = write_small(lambda name: kind if "up_exps" in name else "Q8_0")
+    folder = write_small(lambda name: "Q8_0" if "down" in name else kind)
+
+    at = {"Q3_K": 108, "Q6_K": 208}.get(kind, 0)
 
     def change(block):
-        block[0:2] = b"\x00\x7c"
+        block[at : at + 2] = b"\x00\x7c"
 
     spoil(folder, change)
     with pytest.raises(CheckpointError, match="not finite") as caught:

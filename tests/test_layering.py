@@ -26,7 +26,8 @@ KNOW_TRANSFORMERS = {"hybrimoe.runtime.adapters"} | {
     for name in ("quantizer", "skeleton", "converting", "opening", "gguf_file")
 }
 GPU_KERNELS = tuple(
-    f"hybrimoe.kernels.{name}" for name in ("torch_pairs", "torch_experts", "triton_experts")
+    f"hybrimoe.kernels.{name}"
+    for name in ("torch_pairs", "torch_experts", "torch_k", "triton_experts")
 )
 """They take tensors, because memory of a GPU has no other face."""
 PROGRAMS = {f"hybrimoe.{name}" for name in ("cli", "commands", "model_commands", "named_models")}

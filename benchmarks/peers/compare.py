@@ -71,7 +71,15 @@ def commands(layout: Layout, arguments: argparse.Namespace) -> list[list[str]]:
     fewer = [(kt_kernel, threads - 1)] if threads > 1 else []
     # llama.cpp's q4_k as it lies in the file is slower than q4_0 in decode and faster in prefill.
     q4_k = [*llama_cpp, "--weights", "q4_k", "--no-repack"]
-    runs = [(ours, threads), (kt_kernel, threads), *fewer, (llama_cpp, threads), (q4_k, threads)]
+    same = [*ours, "--format", "q4_k"]  # what a file of that type becomes in the pool
+    runs = [
+        (ours, threads),
+        (same, threads),
+        (kt_kernel, threads),
+        *fewer,
+        (llama_cpp, threads),
+        (q4_k, threads),
+    ]
     return [
         [str(word) for word in (*script, "--layers", layers, "--threads", count)]
         for script, count in runs
@@ -94,10 +102,11 @@ def measure(command: list[str]) -> Run:
 
 
 def report(runs: list[Run]) -> dict:
-    """Print the table; the first run is ours."""
+    """Print the table; the first run is ours, and so are others of that project."""
     seconds = medians(runs)
     ours = seconds[runs[0].name]
-    peers = [times for name, times in seconds.items() if name != runs[0].name]
+    project = runs[0].name.split()[0]
+    peers = [times for name, times in seconds.items() if name.split()[0] != project]
     ratios = {tokens: min(peer[tokens] for peer in peers) / ours[tokens] for tokens in TOKENS}
     print_table(seconds, ours, ratios)
     others = max(run.others for run in runs)

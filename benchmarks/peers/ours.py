@@ -1,6 +1,6 @@
-"""Time hybrimoe's int4 experts of a Qwen3-30B-A3B layer stack, as the peers' scripts time theirs.
+"""Time hybrimoe's experts of a Qwen3-30B-A3B layer stack, as the peers' scripts time theirs.
 
-    python benchmarks/peers/ours.py [--layers 6] [--threads 2] [--tokens 1,32,512]
+    python benchmarks/peers/ours.py [--layers 6] [--threads 2] [--tokens 1,32,512] [--format int4]
 
 Ends with {"name": "hybrimoe int4", "tokens": {"1": seconds per layer, ...}}.
 """
@@ -40,11 +40,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokens", default="1,32,512")
+    parser.add_argument("--format", default="int4", help="int4, q4_k or any other blob format")
     options = parser.parse_args()
-    layers = [random_layer("int4", shape.E, shape.D, shape.F) for _ in range(options.layers)]
+    fmt = options.format
+    layers = [random_layer(fmt, shape.E, shape.D, shape.F) for _ in range(options.layers)]
     tokens = [int(t) for t in options.tokens.split(",")]
     timed = {str(t): seconds_per_layer(layers, t, options.threads) for t in tokens}
-    print(json.dumps({"name": "hybrimoe int4", "tokens": timed}))
+    print(json.dumps({"name": f"hybrimoe {fmt}", "tokens": timed}))
 
 
 if __name__ == "__main__":

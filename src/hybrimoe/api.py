@@ -41,7 +41,7 @@ from hybrimoe.runtime.pool import ExpertPool
 from hybrimoe.runtime.rms_norms import FusedNorm, find_norms
 from hybrimoe.runtime.routers import seats_of
 from hybrimoe.runtime.shared_experts import EarlyExperts
-from hybrimoe.runtime.storage.tiers import open_tier
+from hybrimoe.runtime.storage.tiers import WeightsOf, open_tier
 from hybrimoe.verification import Verification, verify_layers
 
 logger = logging.getLogger("hybrimoe")
@@ -51,11 +51,13 @@ Model = TypeVar("Model", bound=nn.Module)
 class Runtime:
     """What `model.hybrimoe` is: the configuration, the pool and the counters of a wrapped model."""
 
-    def __init__(self, config: Config, model: nn.Module) -> None:
+    def __init__(
+        self, config: Config, model: nn.Module, weights_of: WeightsOf | None = None
+    ) -> None:
         check_device(config)
         self.config = config
         self.pool = ExpertPool()
-        self.pool.tier = open_tier(config, model)
+        self.pool.tier = open_tier(config, model, weights_of)
         self.layers: list[PooledExperts] = []
         self.linears: list[PackedLinear] = []
         self.norms: list[FusedNorm] = []
@@ -264,8 +266,9 @@ def unwrap(model: Model) -> Model:
 
     The modules are the same objects as before `wrap`. Weights are bit-equal where the format is
     lossless ("native"); for "int8" and "int4" they are the dequantized ones, and a warning says so.
-    A model that is not wrapped is returned as it is. Raises InsufficientMemoryError, and leaves the
-    model wrapped, if there is no room for the unpacked weights.
+    Experts of a GGUF file come back as the numbers that its own integers stand for. A model that is
+    not wrapped is returned as it is. Raises InsufficientMemoryError, and leaves the model wrapped,
+    if there is no room for the unpacked weights.
     """
     runtime = getattr(model, "hybrimoe", None)
     if runtime is None:

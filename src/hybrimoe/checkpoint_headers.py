@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from hybrimoe.errors import CheckpointError, CheckpointNotFoundError
+from hybrimoe.runtime.formats import choice_of
 from hybrimoe.runtime.loading.checkpoints import (
     CONVERT,
     INDEX,
@@ -26,8 +27,9 @@ from hybrimoe.runtime.loading.skeleton import first_line
 class Checkpoint:
     """place: "folder", "cache" or "hub". stored: bytes by dtype, as safetensors names it.
 
-    packed: the weight format of a folder that `save_packed` wrote; None for any other checkpoint.
-    mapped: bytes of files that the loader maps: no memory, but address space.
+    packed: the `Config.weights` of a folder that `save_packed` wrote, and kept the format of the experts
+    of each name in it; None for any other checkpoint. mapped: bytes of files that the loader maps:
+    no memory, but address space.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Checkpoint:
     stored: dict[str, int]
     packed: str | None = None
     mapped: int = 0
+    kept: dict[str, str] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -65,7 +68,9 @@ def _read_folder(name: str, folder: Path, place: str) -> Checkpoint:
     if manifest is not None:
         found = _packed_files(folder, manifest)
         dense = (folder / manifest["folder"] / DENSE).stat().st_size
-        return _count(name, place, found, manifest["layers"][0]["weights"], dense)
+        kept = {layer["name"]: layer["weights"] for layer in manifest["layers"]}
+        counted = _count(name, place, found, choice_of(kept.values()), dense)
+        return replace(counted, kept=kept)
     return _count(name, place, examine_folder(folder))
 
 

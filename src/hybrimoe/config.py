@@ -41,6 +41,7 @@ class Config:
     max_new_tokens: tokens, prompts included, whose KV cache `vram=None` leaves room for; beyond
         them slots are given up as the KV cache grows.
     weights: how experts are kept: "native" is lossless, "int8" and "int4" round in groups of 32.
+        What a GGUF file prescribes, and differs by layer or is of a K type, counts as "native".
     linear: "int8" or "int4" packs the dense layers too, for models that run on the CPU alone; the
         output head stays at int8, and norms of few tokens become one kernel call each. None leaves
         them as they are.

@@ -216,6 +216,9 @@ def _of_name(
     stored, streams = checkpoint.tensors, packs_on_arrival(skeleton)
     footprint = footprint_of(skeleton, context, kept=kept_dtypes(skeleton, dtype))
     footprint = replace(footprint, stored=stored, streams=streams)
+    if checkpoint.kept is not None:
+        footprint = footprint.keeping(checkpoint.kept.get)
+        formats, weights = (_label(footprint),), None
     call = f"from_pretrained({name!r}"
     if revision is not None:
         call += f", revision={revision!r}"
@@ -243,19 +246,22 @@ def _of_gguf(
         ) from error
     counted = replace(footprint_of(opened.skeleton, context), stored=len(opened.dense))
     footprint = counted.keeping(prescribed(opened.layers))
-    footprint = replace(footprint, tiered=counted.keeping(prescribed(opened.layers, True)))
-    names = sorted({layer.kept or "" for layer in footprint.layers})
-    format_name = names[0] if len(names) == 1 else "mixed"
     call = f"from_pretrained({name!r}, gguf_file={gguf_file!r}"
     if revision is not None:
         call += f", revision={revision!r}"
-    plan = _assemble(name, opened.skeleton, footprint, budget, None, call, (format_name,))
+    plan = _assemble(name, opened.skeleton, footprint, budget, None, call, (_label(footprint),))
     held = sum(tensor.nbytes for layer in opened.layers.values() for tensor in layer)
     notes = _larger_note(held, plan.parts["experts"])
     checkpoint = count_gguf(name, opened.header)
     return replace(
         plan, model=f"{name}/{gguf_file}", checkpoint=checkpoint, notes=notes + plan.notes
     )
+
+
+def _label(footprint: Footprint) -> str:
+    """What to call the formats that files prescribe."""
+    names = {layer.kept or "" for layer in footprint.layers}
+    return names.pop() if len(names) == 1 else "mixed"
 
 
 def _larger_note(held: int, packed: int) -> tuple[str, ...]:

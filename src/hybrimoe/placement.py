@@ -176,8 +176,7 @@ def _on_disk(footprint: Footprint, smallest: Placement, budget: Budget) -> str |
     if budget.wraps or not smallest.gpu_fits:
         return None  # `wrap` needs the whole model in memory first
     running = smallest.steady - smallest.parts["experts"]
-    kept = footprint.tiered or footprint
-    return largest_budget(kept, smallest.weights, budget.room, running)
+    return largest_budget(footprint, smallest.weights, budget.room, running)
 
 
 def _shorter(footprint: Footprint, smallest: Placement, budget: Budget) -> int:

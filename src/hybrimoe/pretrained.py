@@ -14,6 +14,7 @@ from hybrimoe.api import Runtime, complete
 from hybrimoe.config import Config
 from hybrimoe.errors import ConfigError, WrappedModelError
 from hybrimoe.runtime.loading.packed_files import save
+from hybrimoe.runtime.storage.tiers import WeightsOf
 
 
 def from_pretrained(
@@ -71,8 +72,8 @@ def make_known() -> None:
     register(_start, _finish)
 
 
-def _start(config: Config, model: nn.Module) -> Runtime:
-    return Runtime(config, model)
+def _start(config: Config, model: nn.Module, weights_of: WeightsOf | None) -> Runtime:
+    return Runtime(config, model, weights_of)
 
 
 def _finish(runtime: Runtime, model: nn.Module) -> None:

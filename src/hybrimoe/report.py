@@ -66,7 +66,7 @@ class Report:
         """Put the counters of a runtime together."""
         return cls(
             weights=config.weights,
-            format=layers[0].packed.fmt,
+            format=", ".join(dict.fromkeys(layer.packed.fmt for layer in layers)),
             threads=threads,
             expert_bytes_before=sum(layer.native_bytes for layer in layers),
             expert_bytes_after=pool_bytes,

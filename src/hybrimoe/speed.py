@@ -35,7 +35,10 @@ TORCH_SHARE = {torch.bfloat16: 0.23, torch.float16: 0.55, torch.float32: 0.36}
 """What torch's `linear` on one token reaches of the memory's read speed, by the weights' dtype: about
 10, 24 and 16 of 44 GB/s on two Zen 4 cores, the first within `wide` and `qwen3` of
 benchmarks/plan_speed.py, the others alone."""
-KERNEL_SHARE = {"int4": 0.75, "int8": 0.77, "float32": 1.0, "bfloat16": 1.0, "float16": 1.0}
+KERNEL_SHARE = {
+    **{"int4": 0.75, "int8": 0.77, "q4_k": 0.79, "q5_k": 0.79, "q6_k": 0.83},
+    **{"float32": 1.0, "bfloat16": 1.0, "float16": 1.0},
+}
 """The same of our kernels, by blob format (benchmarks/README.md)."""
 STAND_IN_CORES = 8
 """Cores of the machine behind the stand-in profile."""

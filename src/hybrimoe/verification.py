@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hybrimoe.runtime.experts import PooledExperts
-from hybrimoe.runtime.formats import BOUNDS, NATIVE
+from hybrimoe.runtime.formats import BOUNDS, NATIVE, bound_of
 
 
 @dataclass(frozen=True)
@@ -90,5 +90,5 @@ def compare(layer: PooledExperts, args: tuple[Any, ...], output: Tensor) -> Laye
     error, size = (got - wanted).square().sum(), wanted.square().sum()
     cosine = (got * wanted).sum() / (got.norm() * wanted.norm())
     # The output's own dtype rounds too: a bfloat16 result cannot be closer than bfloat16 is.
-    bound = max(BOUNDS[layer.packed.fmt], BOUNDS[NATIVE[output.dtype]])
+    bound = max(bound_of(layer.packed.fmt), BOUNDS[NATIVE[output.dtype]])
     return LayerCheck(layer.name, float(error / size), float(cosine), bound, layer.is_intact())

@@ -6,9 +6,8 @@ import numpy as np
 
 from hybrimoe.kernels import moe, reference
 from hybrimoe.kernels.activations import NAMES, Gate
-from hybrimoe.kernels.layout import QUANTIZED, expert_layout
+from hybrimoe.kernels.layout import BLOCK_BYTES, QUANTIZED, expert_layout, is_integer
 from hybrimoe.kernels.moe import HOST_ISA, PackedLayer, run_layer
-from hybrimoe.kernels.rows import FORMATS
 from hybrimoe.kernels.simd import ISAS, runs_here
 from hybrimoe.kernels.workspace import Workspace
 
@@ -16,7 +15,7 @@ SILU, CLAMPED = Gate(NAMES.index("silu")), Gate(NAMES.index("silu"), 1.702, 7.0,
 
 # Each triple is compiled once, which takes seconds; everything else varies at run time.
 TRIPLES = [
-    *[(HOST_ISA, fmt, "float32") for fmt in FORMATS],
+    *[(HOST_ISA, fmt, "float32") for fmt in BLOCK_BYTES],
     *[
         (isa, fmt, "float32")
         for isa in ISAS
@@ -84,13 +83,13 @@ def expected(layer, weights, x, ids, routing, dtype="float32", shards=None, roun
     """float64 [T, D] by the reference, activations rounded as the format rounds them."""
     x = reference.from_bits(dtype, reference.to_bits(dtype, x))
     columns = None if shards is None else shards * layer.layout.width
-    rounded = layer.fmt in QUANTIZED if rounded is None else rounded
+    rounded = is_integer(layer.fmt) if rounded is None else rounded
     return reference.experts(weights, layer.gate, x, ids, routing, columns, rounded)
 
 
 def tolerance(fmt, dtype):
     """Float noise may tip an activation to the next of its 255 levels, hence more for integers."""
-    return ROUNDING[dtype] + (1e-5 if fmt in QUANTIZED else 0)
+    return ROUNDING[dtype] + (1e-5 if is_integer(fmt) else 0)
 
 
 def nmse(got, wanted):

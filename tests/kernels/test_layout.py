@@ -7,23 +7,29 @@ from hypothesis import strategies as st
 from hybrimoe.kernels.layout import (
     BLOCK_BYTES,
     GROUP,
+    K_HEAD,
     LINE,
-    QUANTIZED,
     ROWS,
+    SUPER,
     block_bytes,
     expert_layout,
+    has_k_types,
+    is_integer,
+    join,
     shard_count,
+    split,
+    step,
 )
 
 SIZES = st.integers(1, 20_000)
-FORMATS = st.sampled_from(list(BLOCK_BYTES))
+FORMATS = st.sampled_from([*BLOCK_BYTES, *K_HEAD, "q4_k+q6_k", "q4_k+int8", "int4+int8"])
 
 
 @given(FORMATS, SIZES, SIZES, st.booleans(), st.booleans())
 def test_shards_cover_the_expert(fmt, hidden, inner, gated, bias):
     layout = expert_layout(fmt, hidden, inner, gated, bias)
     assert layout.inner >= inner
-    assert layout.hidden >= hidden > layout.hidden - GROUP
+    assert layout.hidden >= hidden > layout.hidden - step(split(fmt)[0])
     assert layout.width % GROUP == layout.hidden % GROUP == 0
     assert layout.expert_bytes == layout.shards * layout.shard_bytes
 
@@ -48,12 +54,14 @@ def test_parts_of_a_shard_follow_each_other_without_overlap(fmt, hidden, inner, 
 
 
 @given(FORMATS, st.integers(1, 400), st.integers(1, 400), st.booleans())
-def test_padding_wastes_little(fmt, hidden_groups, inner_groups, gated):
-    hidden, inner = hidden_groups * GROUP, inner_groups * GROUP
+def test_padding_wastes_little(fmt, hidden_units, inner_units, gated):
+    unit = SUPER if has_k_types(fmt) else GROUP  # rows of K types are whole blocks in every file
+    hidden, inner = hidden_units * unit, inner_units * unit
     layout = expert_layout(fmt, hidden, inner, gated, False)
-    per_group = BLOCK_BYTES[fmt] + 2 * (fmt in QUANTIZED)
-    needed = layout.matrices * inner * hidden_groups * per_group + hidden * inner_groups * per_group
-    spread = 1.08 if inner_groups > 10 else 1.2  # over shards of equal width
+    up, down = (block_bytes(part, 1 << 14) / ROWS / (1 << 14) for part in split(fmt))
+    needed = (layout.matrices * up + down) * inner * hidden
+    steps = inner // step(split(fmt)[1])
+    spread = 1.08 if steps > 10 else 1.2  # over shards of equal width
     assert layout.inner <= spread * inner
     assert layout.expert_bytes <= 1.3 * needed + 64 * (layout.inner + hidden) / ROWS * 3
 
@@ -66,9 +74,36 @@ def test_models_in_use_are_split_without_padding(inner, shards):
     assert expert_layout("int4", 2048, inner, True, False).inner == inner
 
 
-@pytest.mark.parametrize(("fmt", "bits"), [("int4", 4.5), ("int8", 8.5), ("bfloat16", 16)])
+@pytest.mark.parametrize(
+    ("fmt", "bits"),
+    [
+        ("int4", 4.5),
+        ("int8", 8.5),
+        ("bfloat16", 16),
+        ("q4_k", 4.625),
+        ("q5_k", 5.625),
+        ("q6_k", 6.5625),
+    ],
+)
 def test_a_block_takes_the_bits_per_weight_of_its_format(fmt, bits):
     assert block_bytes(fmt, 2048) == 2048 * ROWS * bits / 8
+
+
+@pytest.mark.parametrize(("inner", "shards"), [(256, 1), (512, 2), (768, 3), (1536, 3), (2048, 4)])
+def test_shards_of_a_down_projection_in_a_k_type_are_whole_blocks(inner, shards):
+    for fmt in ("q4_k", "int4+q6_k"):
+        layout = expert_layout(fmt, 2048, inner, True, False)
+        assert (layout.inner, layout.shards) == (inner, shards)
+    assert expert_layout("q4_k+int8", 2048, 768, True, False).shards == 4
+
+
+def test_a_format_of_two_parts_is_split_and_joined():
+    assert split("int4") == ("int4", "int4")
+    assert split("q4_k+q6_k") == ("q4_k", "q6_k")
+    for fmt in ("int4", "q4_k+q6_k"):
+        assert join(*split(fmt)) == fmt
+    assert [has_k_types(fmt) for fmt in ("int8", "int4+int8", "int4+q6_k")] == [False, False, True]
+    assert [is_integer(fmt) for fmt in ("bfloat16", "int8", "q4_k+int8")] == [False, True, True]
 
 
 def test_a_native_expert_takes_no_more_than_its_checkpoint():

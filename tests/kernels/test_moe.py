@@ -23,9 +23,8 @@ from kernel_cases import (
 from hybrimoe.errors import RoutingError
 from hybrimoe.kernels import moe, reference
 from hybrimoe.kernels.activations import NAMES, SOFTCAP, Gate
-from hybrimoe.kernels.layout import QUANTIZED
+from hybrimoe.kernels.layout import BLOCK_BYTES, QUANTIZED
 from hybrimoe.kernels.moe import run_layer
-from hybrimoe.kernels.rows import FORMATS
 from hybrimoe.kernels.workspace import Workspace
 
 TOKENS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 32)
@@ -88,7 +87,7 @@ def test_every_activation_works_without_a_gate(name):
     assert nmse(run(layer, *batch), expected(layer, weights, *batch)) <= 1e-10
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("fmt", BLOCK_BYTES)
 def test_partial_sums_over_shards_add_up_to_the_whole(fmt):
     layer, weights = make_layer(fmt, 70, 250, bias=True)
     x, ids, routing = make_batch(6, 70, 5, 3)
@@ -108,7 +107,7 @@ def test_experts_without_shards_add_nothing():
     assert not run(layer, *make_batch(6, 70, 5, 3), shards=none).any()
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("fmt", BLOCK_BYTES)
 def test_one_expert_may_take_all_tokens(fmt):
     layer, weights = make_layer(fmt, 64, 128)
     x, _, routing = make_batch(29, 64, 5, 1)
@@ -117,7 +116,7 @@ def test_one_expert_may_take_all_tokens(fmt):
     assert nmse(got, wanted) <= tolerance(fmt, "float32")
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("fmt", BLOCK_BYTES)
 def test_an_expert_named_twice_by_a_token_counts_twice(fmt):
     layer, weights = make_layer(fmt, 64, 128)
     x, ids, routing = make_batch(11, 64, 5, 4)
@@ -188,7 +187,7 @@ class TestBits:
             alone = run(layer, x[only], ids[only], routing[only], dtype, isa=isa)
             assert np.array_equal(alone, together[only]), t
 
-    @pytest.mark.parametrize("fmt", FORMATS)
+    @pytest.mark.parametrize("fmt", BLOCK_BYTES)
     def test_do_not_change_from_run_to_run(self, fmt):
         layer, _ = make_layer(fmt, 70, 250, bias=True)
         batch = make_batch(9, 70, 5, 4)
@@ -200,7 +199,7 @@ class TestNotFinite:
     """A broken model must look broken."""
 
     @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-    @pytest.mark.parametrize("fmt", FORMATS)
+    @pytest.mark.parametrize("fmt", BLOCK_BYTES)
     def test_input_breaks_its_token_and_no_other(self, fmt, bad):
         layer, weights = make_layer(fmt, 64, 128)
         x, ids, routing = make_batch(13, 64, 5, 2)
@@ -213,7 +212,7 @@ class TestNotFinite:
         assert np.array_equal(got[~broken], clean[~broken])
 
     @pytest.mark.parametrize("shape", SHAPES)
-    @pytest.mark.parametrize("fmt", FORMATS)
+    @pytest.mark.parametrize("fmt", BLOCK_BYTES)
     def test_infinite_input_stays_visible_where_shapes_are_padded(self, fmt, shape):
         # Here an infinite output may become NaN: padding multiplies infinity by zero.
         hidden, inner, gated, bias = SHAPES[shape]

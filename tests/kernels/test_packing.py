@@ -55,7 +55,7 @@ def storage(view):
 
 def launch(kernel, fmt, dtype, layout, weights, blobs, threads):
     rows, work = np.empty((threads, 32), np.float32), np.zeros(8, np.int64)
-    kernel(FORMATS[fmt], DTYPES[dtype], threads, layout, weights, blobs, rows, work)
+    kernel((FORMATS[fmt],) * 2, DTYPES[dtype], threads, layout, weights, blobs, rows, work)
     return work
 
 

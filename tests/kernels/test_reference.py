@@ -8,8 +8,7 @@ from torch.nn import functional
 
 from hybrimoe.kernels import reference
 from hybrimoe.kernels.activations import NAMES, SOFTCAP, Gate
-from hybrimoe.kernels.layout import QUANTIZED, expert_layout
-from hybrimoe.kernels.rows import FORMATS
+from hybrimoe.kernels.layout import BLOCK_BYTES, QUANTIZED, expert_layout
 
 TORCH = {
     "silu": functional.silu,
@@ -82,7 +81,7 @@ def test_activation_groups_carry_their_sum_and_mark_what_is_not_finite():
     assert np.abs(reference.dequantize_float64(ints, scales) - x)[0].max() < np.abs(x).max() / 254
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("fmt", BLOCK_BYTES)
 def test_unpacking_inverts_packing(fmt):
     weights = make_weights(fmt, 70, 90, bias=True)
     layout = expert_layout(fmt, 70, 90, True, True)

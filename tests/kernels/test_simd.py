@@ -61,7 +61,7 @@ def check_dot(text, isa, nibbles):
     """Compare with int arithmetic: random bytes and both extremes, where 16 bits saturate."""
     _engine, dot = compile_here(text)
     rng = np.random.default_rng(0)
-    low, high = (0, 15) if nibbles else (-127, 127)
+    low, high = (0, 63) if nibbles else (-127, 127)
     for trial in range(200):
         weights = rng.integers(low, high + 1, 64).astype(np.int8)
         x = rng.integers(-127, 128, 4).astype(np.int8)

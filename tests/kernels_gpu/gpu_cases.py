@@ -7,10 +7,11 @@ import numpy as np
 import torch
 
 from hybrimoe.kernels.activations import NAMES, SOFTCAP, Gate
-from hybrimoe.kernels.layout import expert_layout
+from hybrimoe.kernels.layout import expert_layout, has_k_types
 from hybrimoe.kernels.torch_pairs import Pairs, Slots
 from hybrimoe.runtime.adapters import ExpertWeights, evaluate_gate
 from hybrimoe.runtime.formats import pack, unpack
+from hybrimoe.runtime.measuring.random_experts import fill_random
 
 FORMATS = ("int4", "int8", "bfloat16", "float16", "float32")
 SILU = Gate(NAMES.index("silu"))
@@ -62,6 +63,10 @@ def grid() -> list[Case]:
         Case(fmt, bias=True, gated=gated, parts=gated, inner=90, tokens=1) for fmt in FORMATS
         for gated in (True, False)
     ]  # fmt: skip
+    cases += [Case("int4+int8", tokens=t, inner=90, bias=True) for t in (2, 33)]
+    k_types = "q4_k", "q5_k", "q6_k", "q4_k+q6_k", "int8+q4_k"
+    cases += [Case(fmt, hidden=256, inner=512, parts=True) for fmt in k_types]
+    cases += [Case("q4_k+q6_k", "bfloat16", hidden=512, inner=256, tokens=9)]
     return [*cases, Case(tokens=33, k=4, bias=True, parts=True, dtype="bfloat16")]
 
 
@@ -84,7 +89,10 @@ def make_layer(fmt, hidden, inner, slots, gated, bias):
     weights = ExpertWeights(up / hidden**0.5, down / inner**0.5, SILU, *biases)
     layout = expert_layout(fmt, hidden, inner, gated, bias)
     blobs = np.zeros((slots, layout.expert_bytes), np.uint8)
-    pack(fmt, layout, weights, blobs)
+    if has_k_types(fmt):  # made from no floats
+        fill_random(fmt, layout, blobs)
+    else:
+        pack(fmt, layout, weights, blobs)
     empty = [None if t is None else torch.full_like(t, torch.nan) for t in (up, down, *biases)]
     stored = ExpertWeights(empty[0], empty[1], SILU, empty[2], empty[3])
     unpack(fmt, layout, blobs, stored)

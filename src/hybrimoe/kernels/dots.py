@@ -19,7 +19,7 @@ from hybrimoe.kernels.simd import (
 )
 
 # Dot products of 64 weight bytes (4 per lane) with one quad of int8 activations. `nibbles` says that the
-# bytes are 0..15; otherwise they are signed and lie in [-127, 127], as do the activations.
+# bytes are 0..63; otherwise they are signed and lie in [-127, 127], as do the activations.
 
 
 def _dot_avx512vnni(builder, total, weights, quad, nibbles):
@@ -96,7 +96,7 @@ def _dot(isa, total, rows, offset, tokens, multiply):
 
 @intrinsic
 def dot_nibbles(typing, isa, total, weights, rows, offset):
-    """total[t] += 64 bytes of 0..15, four per lane, times the four int8 at rows[t] + offset."""
+    """total[t] += 64 bytes of 0..63, four per lane, times the four int8 at rows[t] + offset."""
     multiply = _DOTS[isa.value]
     return _dot(isa, total, rows, offset, total.tokens, lambda *a: multiply(*a, True))
 

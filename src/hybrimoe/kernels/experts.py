@@ -43,8 +43,8 @@ class Scratch(NamedTuple):
     active: np.ndarray  # [E] int32: experts with pairs and shards to compute
     token: np.ndarray  # [P] int32
     weight: np.ndarray  # [P] float32
-    x: np.ndarray  # [T * activation_bytes(D)] uint8
-    h: np.ndarray  # [P * activation_bytes(F)] uint8
+    x: np.ndarray  # [T * activation_bytes(D)] uint8, as the format of gate and up wants it
+    h: np.ndarray  # [P * activation_bytes(F)] uint8, as the format of down wants it
     sums: np.ndarray  # [T, D] float32
     block: np.ndarray  # [threads, 2 * DEEPEST * 32] float32
 
@@ -64,19 +64,21 @@ def run_experts(
 ):  # fmt: skip
     """out[t] = sum over k of weights[t, k] * expert[ids[t, k]](x[t]).
 
+    fmt: the formats of gate and up, and of down.
     blobs [N, expert_bytes] uint8; place [E] int32, the row of each expert that has work; x, out
     [T, D] in `dtype` (bfloat16 and float16 as uint16 bits); ids [T, K] int64, every id in [0, E);
     weights [T, K] float32; shards [E, 2] int32, the range of shards of each expert to sum. All
     C-contiguous. add: 1 to go on from what `out` holds, 0 to begin at zero.
     """
+    up, down = fmt
     scratch.counters[:] = 0
     sort_pairs(ids, weights, scratch)
     active = list_active(shards, scratch)
     few = min(threads, x.shape[0] // 8 + 1)
-    fork_join(few, prepare_worker, (fmt, dtype, layout, strides, x, scratch))
+    fork_join(few, prepare_worker, (up, dtype, layout, strides, x, scratch))
     sweep = (isa, fmt, layout, strides, gate, blobs, place, shards, active, scratch)
     fork_join(threads, gate_up_worker, sweep)
-    join = (isa, fmt, dtype, layout, strides, blobs, place, shards, active, out, add, scratch)
+    join = (isa, down, dtype, layout, strides, blobs, place, shards, active, out, add, scratch)
     fork_join(threads, down_worker, join)
 
 
@@ -159,19 +161,19 @@ def gate_up_tile(isa, fmt, layout, strides, gate, blobs, at, e, s, g, block, scr
     while p < end:
         tokens = deepest(end - p)
         if tokens == 8:
-            gate_up(T8, isa, fmt, layout, strides, blobs, at, g, p, block, scratch)
+            gate_up(T8, isa, fmt[0], layout, strides, blobs, at, g, p, block, scratch)
         elif tokens == 4:
-            gate_up(T4, isa, fmt, layout, strides, blobs, at, g, p, block, scratch)
+            gate_up(T4, isa, fmt[0], layout, strides, blobs, at, g, p, block, scratch)
         elif tokens == 2:
-            gate_up(T2, isa, fmt, layout, strides, blobs, at, g, p, block, scratch)
+            gate_up(T2, isa, fmt[0], layout, strides, blobs, at, g, p, block, scratch)
         else:
-            gate_up(T1, isa, fmt, layout, strides, blobs, at, g, p, block, scratch)
+            gate_up(T1, isa, fmt[0], layout, strides, blobs, at, g, p, block, scratch)
         for t in range(tokens):
             gate_row = block[t * 32 : t * 32 + 32]
             up_row = block[UP_AT + t * 32 : UP_AT + t * 32 + 32]
             apply_gate(gate, layout.matrices == 2, gate_row, up_row)
             h_group = s * (layout.width // 32) + g
-            quantize(fmt, block, t * 32, scratch.h, (p + t) * strides.h, h_group)
+            quantize(fmt[1], block, t * 32, scratch.h, (p + t) * strides.h, h_group)
         p += tokens
 
 

@@ -1,9 +1,9 @@
 """Experts as ggml files store them, laid out anew as blobs.
 
 A ggml matrix is rows of blocks: 32 or 256 numbers of one row, with their scales. A blob interleaves
-16 rows. Q4_0 (as int4 or int8), Q5_0, Q8_0 and IQ4_NL (as int8) keep their integers and their scale.
-Other types have no scale that 32 numbers share, so they are rounded to int8 groups, and what that
-adds is measured.
+16 rows. Q4_0 (as int4 or int8), Q5_0, Q8_0 and IQ4_NL (as int8) keep their integers and their scale;
+K types have blob formats of their own, which `ggml_k.py` fills. What comes as float32 is rounded to
+int8 groups, and what that adds is measured.
 """
 
 import numpy as np
@@ -17,10 +17,8 @@ from hybrimoe.kernels.threads import fork_join
 
 Q4_0, Q5_0, Q8_0, Q4_K, Q5_K, Q6_K, IQ4_NL, F32 = 2, 6, 8, 12, 13, 14, 20, 0
 """Types by their number in the file."""
-GROUPS = {F32: 1, Q4_0: 1, Q5_0: 1, Q8_0: 1, IQ4_NL: 1, Q4_K: 8, Q5_K: 8, Q6_K: 8}
-"""Groups of 32 numbers per block."""
-BLOCK = {F32: 128, Q4_0: 18, Q5_0: 22, Q8_0: 34, IQ4_NL: 18, Q4_K: 144, Q5_K: 176, Q6_K: 210}
-"""Bytes per block; F32 has none, 32 of its numbers stand for one."""
+BLOCK = {F32: 128, Q4_0: 18, Q5_0: 22, Q8_0: 34, IQ4_NL: 18}
+"""Bytes of 32 numbers, of the types that `relay_experts` reads; F32 has no blocks."""
 _LEVELS = np.array(
     (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113), np.float32
 )
@@ -52,14 +50,7 @@ def _relay_worker(kind, bits, layout, matrix, size, raw, blobs, rows, sums, work
     tile, tiles = take(work, TAKEN), blobs.shape[0] * layout.shards * count
     rounded, error, square = 0, np.float64(0), np.float64(0)
     while tile < tiles:
-        e, s, b = tile // count // layout.shards, tile // count % layout.shards, tile % count
-        at = e * layout.expert_bytes + s * layout.shard_bytes
-        if matrix == 2:
-            first, column, groups = b * 16, s * layout.width // 32, layout.width // 32
-            at += layout.down_at + b * layout.down_block
-        else:
-            first, column, groups = s * layout.width + b * 16, 0, layout.hidden // 32
-            at += (b * layout.matrices + matrix) * layout.up_block
+        e, first, column, groups, at = tile_of(layout, matrix, count, tile)
         for lane in range(16):
             n = e * size[0] + first + lane
             for g in range(groups):
@@ -88,17 +79,32 @@ def _relay_worker(kind, bits, layout, matrix, size, raw, blobs, rows, sums, work
 
 
 @inner
+def tile_of(layout, matrix, count, tile):
+    """A block of 16 rows: its expert, its first row, its first and its number of groups, its byte.
+
+    count: blocks of a shard.
+    """
+    e, s, b = tile // count // layout.shards, tile // count % layout.shards, tile % count
+    at = e * layout.expert_bytes + s * layout.shard_bytes
+    if matrix == 2:
+        at += layout.down_at + b * layout.down_block
+        return e, b * 16, s * layout.width // 32, layout.width // 32, at
+    at += (b * layout.matrices + matrix) * layout.up_block
+    return e, s * layout.width + b * 16, 0, layout.hidden // 32, at
+
+
+@inner
 def _move_nibbles(raw, source, blob, at, lane, work):
     """Q4_0 to int4: the same integers, four of them per half word, and the same scale.
 
     The file keeps numbers i and i + 16 in one byte, a blob i and i + 4.
     """
     halves, words = raw.view(np.uint16), blob.view(np.uint32)
-    _move_scale(halves[source // 2], blob, (at + 256) // 2 + lane, work)
+    move_scale(halves[source // 2], blob, (at + 256) // 2 + lane, work)
     mask = np.uint32(0x0F0F0F0F)
     for j in range(2):
-        first = _word(halves, source // 2 + 1 + j * 4)
-        second = _word(halves, source // 2 + 3 + j * 4)
+        first = word_at(halves, source // 2 + 1 + j * 4)
+        second = word_at(halves, source // 2 + 3 + j * 4)
         words[at // 4 + j * 16 + lane] = (first & mask) | (second & mask) << np.uint32(4)
         words[at // 4 + (j + 2) * 16 + lane] = ((first >> np.uint32(4)) & mask) | (second & ~mask)
 
@@ -108,23 +114,23 @@ def _move_bytes(raw, source, blob, at, lane, work):
     """Q8_0 to int8: the same bytes and scale; False if one is -128, which the kernels cannot take."""
     halves, words, lowest = raw.view(np.uint16), blob.view(np.uint32), False
     for j in range(8):
-        word = _word(halves, source // 2 + 1 + j * 2)
+        word = word_at(halves, source // 2 + 1 + j * 2)
         words[at // 4 + j * 16 + lane] = word
         # A byte is 0x80 where, its top bit turned, it is zero.
         turned = word ^ np.uint32(0x80808080)
         lowest |= ((turned - np.uint32(0x01010101)) & ~turned & np.uint32(0x80808080)) != 0
     if not lowest:
-        _move_scale(halves[source // 2], blob, (at + 512) // 2 + lane, work)
+        move_scale(halves[source // 2], blob, (at + 512) // 2 + lane, work)
     return not lowest
 
 
 @inner
-def _word(halves, at):
+def word_at(halves, at):
     return np.uint32(halves[at]) | np.uint32(halves[at + 1]) << np.uint32(16)
 
 
 @inner
-def _move_scale(half, blob, at, work):
+def move_scale(half, blob, at, work):
     blob.view(np.uint16)[at] = half
     if half & np.uint16(0x7C00) == np.uint16(0x7C00):  # infinite or NaN
         work[NOT_FINITE] += 1
@@ -183,14 +189,9 @@ def _read(kind, raw, group, row):
     """row[:32] = one group of a matrix, up to the scale that is returned."""
     if kind in (Q4_0, Q5_0, Q8_0, IQ4_NL):
         return _read_simple(kind, raw, group, row)
-    if kind in (Q4_K, Q5_K):
-        _read_4_and_5(kind, raw, group, row)
-    elif kind == Q6_K:
-        _read_6(raw, group, row)
-    else:
-        floats = raw.view(np.float32)
-        for i in range(32):
-            row[i] = floats[group * 32 + i]
+    floats = raw.view(np.float32)
+    for i in range(32):
+        row[i] = floats[group * 32 + i]
     return np.float32(1)
 
 
@@ -220,36 +221,3 @@ def _read_simple(kind, raw, group, row):
             else:
                 row[i], row[i + 16] = _LEVELS[pair & 15], _LEVELS[pair >> 4]
     return _half(raw, at)
-
-
-@inner
-def _read_4_and_5(kind, raw, group, row):
-    """Q4_K and Q5_K: eight groups with a scale and a minimum of 6 bits each."""
-    five = kind == Q5_K
-    at, g = group // 8 * (176 if five else 144), group % 8
-    packed = at + 4
-    if g < 4:
-        scale, least = np.int32(raw[packed + g]) & 63, np.int32(raw[packed + g + 4]) & 63
-    else:
-        both = np.int32(raw[packed + g + 4])
-        scale = (both & 15) | (np.int32(raw[packed + g - 4]) >> 6) << 4
-        least = (both >> 4) | (np.int32(raw[packed + g]) >> 6) << 4
-    d, m = _half(raw, at) * np.float32(scale), _half(raw, at + 2) * np.float32(least)
-    low, high = at + (48 if five else 16) + g // 2 * 32, at + 16
-    for i in range(32):
-        q = (np.int32(raw[low + i]) >> (g % 2 * 4)) & 15
-        if five:
-            q |= ((np.int32(raw[high + i]) >> g) & 1) << 4
-        row[i] = d * np.float32(q) - m
-
-
-@inner
-def _read_6(raw, group, row):
-    """Q6_K: a scale of 8 bits for each half of a group."""
-    at, half, k = group // 8 * 210, group % 8 // 4, group % 4
-    d, low, high = _half(raw, at + 208), at + half * 64 + k % 2 * 32, at + 128 + half * 32
-    for i in range(32):
-        q = (np.int32(raw[low + i]) >> (k // 2 * 4)) & 15
-        q |= ((np.int32(raw[high + i]) >> (k * 2)) & 3) << 4
-        scale = np.int32(np.int8(raw[at + 192 + half * 8 + k * 2 + i // 16]))
-        row[i] = d * np.float32(scale) * np.float32(q - 32)

@@ -10,9 +10,11 @@ from hybrimoe.caching import cache_for, sources_stamp
 FASTMATH = {"nsz", "arcp", "contract", "afn", "reassoc"}
 """No nnan and no ninf: a broken model must show its NaN."""
 
-NOT_COMPILED = {"reference.py", "torch_experts.py", "torch_pairs.py", "moe.py", "workspace.py"} | {
-    f"triton_{name}.py" for name in ("experts", "pairs", "tiles", "units")
-}
+NOT_COMPILED = (
+    {"reference.py", "reference_k.py", "moe.py", "workspace.py"}
+    | {f"torch_{name}.py" for name in ("experts", "k", "pairs")}
+    | {f"triton_{name}.py" for name in ("experts", "pairs", "tiles", "units")}
+)
 _OPTIONS = {"fastmath": FASTMATH, "nogil": True, "error_model": "numpy", "_nrt": False}
 INLINED = {"fastmath": FASTMATH, "forceinline": True, "_nrt": False}
 """Options of the overloads that make up an inner loop."""

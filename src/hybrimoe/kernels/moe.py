@@ -10,7 +10,7 @@ from hybrimoe.errors import RoutingError
 from hybrimoe.kernels.activations import Gate
 from hybrimoe.kernels.dtypes import DTYPES
 from hybrimoe.kernels.experts import DEEPEST, Scratch, Strides, ids_in_range, run_experts
-from hybrimoe.kernels.layout import Layout
+from hybrimoe.kernels.layout import Layout, split
 from hybrimoe.kernels.rows import FORMATS, activation_bytes
 from hybrimoe.kernels.simd import Tag, detect_isa
 from hybrimoe.kernels.threads import launch
@@ -25,7 +25,7 @@ SMALL = 1 << 18
 class PackedLayer(NamedTuple):
     """The experts of one layer, ready to compute."""
 
-    fmt: str
+    fmt: str  # of all matrices, or "up+down": see `layout.split`
     layout: Layout
     gate: Gate
     hidden: int  # D, not padded
@@ -55,7 +55,8 @@ def prepare(workspace: Workspace, layer: PackedLayer, tokens: int, k: int, threa
     threads = 1 if touched < SMALL else threads
     # Long runs of down rows keep memory streaming: two tiles per thread, at most 512 rows.
     chunk = min(32, max(1, layout.hidden // 16 // (2 * threads)))
-    x, h = (activation_bytes(layer.fmt, size) for size in (layout.hidden, layout.inner))
+    up, down = split(layer.fmt)
+    x, h = activation_bytes(up, layout.hidden), activation_bytes(down, layout.inner)
     shards, take = np.empty((experts, 2), np.int32), workspace.take
     shards[:] = 0, layout.shards
     scratch = Scratch(
@@ -96,7 +97,8 @@ def run_layer(
     give the very bits of one launch over all of them.
     """
     check_arguments(layer, x, ids, weights, out, dtype, shards)
-    tag, fmt, kind = ISA_TAGS[isa or HOST_ISA], FORMATS[layer.fmt], DTYPES[dtype]
+    up, down = split(layer.fmt)
+    tag, fmt, kind = ISA_TAGS[isa or HOST_ISA], (FORMATS[up], FORMATS[down]), DTYPES[dtype]
     with launch.lock:
         for start in range(0, len(x), LONGEST):
             part = slice(start, start + LONGEST)

@@ -6,7 +6,7 @@ import numpy as np
 from numba.extending import overload
 
 from hybrimoe.kernels.dtypes import DTYPES, narrow, widen
-from hybrimoe.kernels.jit import INLINED, inner, kernel
+from hybrimoe.kernels.jit import INLINED, inlined, inner, kernel
 from hybrimoe.kernels.rows import HIGHEST
 from hybrimoe.kernels.simd import take
 from hybrimoe.kernels.threads import fork_join
@@ -44,6 +44,7 @@ class Weights(NamedTuple):
 def pack_experts(fmt, dtype, threads, layout, weights, blobs, rows, work):
     """Fill `blobs` [E, expert_bytes] uint8 from `weights`, biases aside.
 
+    fmt: the formats of gate and up, and of down; blocks of K types are left alone.
     rows: [threads, 32] float32 scratch. work: [8] int64 zeros; work[1] tells how many groups could
     not be quantized, because a weight is not finite or its scale exceeds float16. work[3] set to
     ONLY_UP or ONLY_DOWN leaves the other matrices' bytes alone and does not read their weights.
@@ -81,7 +82,10 @@ def _pack_worker(fmt, dtype, layout, weights, blobs, rows, work):
             for lane in range(16):
                 for g in range(block.groups):
                     _read_group(dtype, tensor, block, lane, g, row)
-                    pack_group(fmt, row, flat, block.at, lane, g, work)
+                    if block.down:
+                        pack_group(fmt[1], row, flat, block.at, lane, g, work)
+                    else:
+                        pack_group(fmt[0], row, flat, block.at, lane, g, work)
         tile = take(work, 0)
 
 
@@ -94,7 +98,10 @@ def _unpack_worker(fmt, dtype, layout, weights, blobs, rows, work):
         tensor = weights.down if block.down else weights.up
         for lane in range(block.rows):
             for g in range(block.groups):
-                unpack_group(fmt, row, flat, block.at, lane, g)
+                if block.down:
+                    unpack_group(fmt[1], row, flat, block.at, lane, g)
+                else:
+                    unpack_group(fmt[0], row, flat, block.at, lane, g)
                 _write_group(dtype, tensor, block, lane, g, row)
         tile = take(work, 0)
 
@@ -251,20 +258,78 @@ def _unpack_float32(fmt, row, blob, at, lane, g):
         row[i] = floats[start + i * 16]
 
 
+def _unpack_q4_k(fmt, row, blob, at, lane, g):
+    start = at + g // 8 * 2368 + 64 + g % 8 * 288
+    scale, least = _scale_and_least(blob, at + g // 8 * 2368, start + 256, lane)
+    for i in range(32):
+        row[i] = scale * np.float32(_nibble(blob, start, lane, i)) - least
+
+
+def _unpack_q5_k(fmt, row, blob, at, lane, g):
+    start = at + g // 8 * 2880 + 64 + g % 8 * 352
+    scale, least = _scale_and_least(blob, at + g // 8 * 2880, start + 320, lane)
+    for i in range(32):
+        bits = np.int32(blob[start + 256 + lane * 4 + i % 4])
+        fifth = (bits >> (i // 8 + (4 if i % 8 < 4 else 0))) & 1
+        row[i] = scale * np.float32(_nibble(blob, start, lane, i) | fifth << 4) - least
+
+
+def _unpack_q6_k(fmt, row, blob, at, lane, g):
+    head = at + g // 8 * 3360
+    start, ints = head + 32 + g % 8 * 416, blob.view(np.int8)
+    d = widen(F16, blob.view(np.uint16)[head // 2 + lane])
+    for i in range(32):
+        half, j = i // 16, i % 16 // 8
+        bits = np.int32(blob[start + half * 192 + 128 + lane * 4 + i % 4])
+        upper = (bits >> (2 * j + (4 if i % 8 < 4 else 0))) & 3
+        q = _nibble(blob, start + half * 192, lane, i % 16) | upper << 4
+        scale = d * np.float32(ints[start + 384 + half * 16 + lane])
+        row[i] = scale * np.float32(q - 32)
+
+
+@inlined
+def _nibble(blob, start, lane, i):
+    """Number i of a lane of a group: a byte holds numbers that lie 4 apart."""
+    pair = np.int32(blob[start + i // 8 * 64 + lane * 4 + i % 4])
+    return pair & 15 if i % 8 < 4 else pair >> 4
+
+
+@inlined
+def _scale_and_least(blob, head, at, lane):
+    """What a group of q4_k or q5_k multiplies its integers by, and what it subtracts; exact."""
+    halves = blob.view(np.uint16)
+    scale = widen(F16, halves[head // 2 + lane]) * np.float32(blob[at + lane])
+    return scale, widen(F16, halves[head // 2 + 16 + lane]) * np.float32(blob[at + 16 + lane])
+
+
+def _leave(fmt, row, blob, at, lane, g, work):
+    """K types are made from no floats: what a file brought stays."""
+
+
 _PACKERS = {
-    "int4": (_pack_int4, _unpack_int4),
-    "int8": (_pack_int8, _unpack_int8),
-    "bfloat16": (_pack_bfloat16, _unpack_bfloat16),
-    "float16": (_pack_float16, _unpack_float16),
-    "float32": (_pack_float32, _unpack_float32),
+    "int4": _pack_int4,
+    "int8": _pack_int8,
+    "bfloat16": _pack_bfloat16,
+    "float16": _pack_float16,
+    "float32": _pack_float32,
+}
+_UNPACKERS = {
+    "int4": _unpack_int4,
+    "int8": _unpack_int8,
+    "bfloat16": _unpack_bfloat16,
+    "float16": _unpack_float16,
+    "float32": _unpack_float32,
+    "q4_k": _unpack_q4_k,
+    "q5_k": _unpack_q5_k,
+    "q6_k": _unpack_q6_k,
 }
 
 
 @overload(pack_group, jit_options=INLINED)
 def _choose_packer(fmt, row, blob, at, lane, g, work):
-    return _PACKERS[fmt.value][0]
+    return _PACKERS.get(fmt.value, _leave)
 
 
 @overload(unpack_group, jit_options=INLINED)
 def _choose_unpacker(fmt, row, blob, at, lane, g):
-    return _PACKERS[fmt.value][1]
+    return _UNPACKERS[fmt.value]

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from hybrimoe.kernels.activations import NAMES, Gate
-from hybrimoe.kernels.layout import GROUP, LINE, QUANTIZED, ROWS, Layout
+from hybrimoe.kernels.layout import GROUP, K_HEAD, LINE, QUANTIZED, ROWS, Layout, block_bytes, split
+from hybrimoe.kernels.reference_k import unpack_k_block
 
 LEVELS = {"int4": 8, "int8": 127}
 """What the largest weight of a group becomes; for int4 it is minus 8, whatever its sign."""
@@ -103,7 +104,11 @@ def dequantize_float64(ints, scales):
 
 
 def pack(fmt, layout: Layout, up, down, up_bias=None, down_bias=None):
-    """One expert's blob, uint8 [expert_bytes], from up [M, F, D], down [D, F] and its biases."""
+    """One expert's blob, uint8 [expert_bytes], from up [M, F, D], down [D, F] and its biases.
+
+    Blocks of K types, which are made from no floats, stay zero.
+    """
+    up_fmt, down_fmt = split(fmt)
     up = _pad(up, (layout.matrices, layout.inner, layout.hidden))
     down = _pad(down, (layout.hidden, layout.inner))
     blob = b""
@@ -112,9 +117,9 @@ def pack(fmt, layout: Layout, up, down, up_bias=None, down_bias=None):
         shard = b""
         for row in range(first, end, ROWS):
             for matrix in up:
-                shard += _line(_pack_block(fmt, matrix[row : row + ROWS]))
+                shard += _line(_pack_block(up_fmt, matrix[row : row + ROWS]))
         for row in range(0, layout.hidden, ROWS):
-            shard += _line(_pack_block(fmt, down[row : row + ROWS, first:end]))
+            shard += _line(_pack_block(down_fmt, down[row : row + ROWS, first:end]))
         if up_bias is not None:
             shard += _pad(up_bias, (layout.matrices, layout.inner))[:, first:end].tobytes()
             shard += _pad(down_bias * (s == 0), (layout.hidden,)).tobytes()
@@ -124,16 +129,17 @@ def pack(fmt, layout: Layout, up, down, up_bias=None, down_bias=None):
 
 def unpack(fmt, layout: Layout, blob, hidden, inner):
     """The up [M, F, D] and down [D, F] float32 weights in a blob; the inverse of `pack`."""
+    up_fmt, down_fmt = split(fmt)
     up = np.zeros((layout.matrices, layout.inner, layout.hidden), np.float32)
     down = np.zeros((layout.hidden, layout.inner), np.float32)
     for s in range(layout.shards):
         at, first, end = s * layout.shard_bytes, s * layout.width, (s + 1) * layout.width
         for row in range(first, end, ROWS):
             for matrix in up:
-                matrix[row : row + ROWS] = _unpack_block(fmt, blob[at : at + layout.up_block])
+                matrix[row : row + ROWS] = _unpack_block(up_fmt, blob[at : at + layout.up_block])
                 at += layout.up_block
         for row in range(0, layout.hidden, ROWS):
-            block = _unpack_block(fmt, blob[at : at + layout.down_block])
+            block = _unpack_block(down_fmt, blob[at : at + layout.down_block])
             down[row : row + ROWS, first:end] = block[:, : layout.width]
             at += layout.down_block
     return up[:, :inner, :hidden], down[:hidden, :inner]
@@ -141,6 +147,8 @@ def unpack(fmt, layout: Layout, blob, hidden, inner):
 
 def _pack_block(fmt, rows):
     """Bytes of rows [16, C]: per group of 32 columns the interleaved weights, then the scales."""
+    if fmt in K_HEAD:
+        return bytes(block_bytes(fmt, rows.shape[1]))
     if fmt not in QUANTIZED:
         return _interleave(fmt, to_bits(fmt, rows)).tobytes()
     codes, scales = quantize(fmt, rows)
@@ -155,6 +163,8 @@ def _pack_block(fmt, rows):
 
 def _unpack_block(fmt, block):
     """float32 [16, C] of the bytes that `_pack_block` made, C rounded up to whole cache lines."""
+    if fmt in K_HEAD:
+        return unpack_k_block(fmt, block)
     if fmt not in QUANTIZED:
         kind = np.float32 if fmt == "float32" else np.uint16
         return from_bits(fmt, _deinterleave(fmt, block.view(kind)))

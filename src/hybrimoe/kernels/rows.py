@@ -2,15 +2,17 @@
 
 `rows(fmt, isa, total, blob, at, groups, x, x_at)` adds to the tile `total` the product of the block
 at byte `at` of `blob` with `groups` groups of 32 activations at byte `x_at` of each row in `x`.
-Activations are blocks of 40 bytes per group for int4 and int8 (32 int8, float32 scale, int32 of
-minus 8 times their sum) and plain float32 for the native formats.
+Activations are blocks of 40 bytes per group for integer formats (32 int8, their float32 scale, and 4
+bytes on their sum: see `quantize`) and plain float32 for the native formats.
 """
 
 import numpy as np
 from numba.extending import overload
 
 from hybrimoe.kernels.dots import dot_bytes, dot_nibbles, start_bytes, start_nibbles
-from hybrimoe.kernels.jit import INLINED
+from hybrimoe.kernels.jit import INLINED, inlined
+from hybrimoe.kernels.k_rows import q4_k, q5_k, q6_k
+from hybrimoe.kernels.layout import is_integer
 from hybrimoe.kernels.simd import (
     Tag,
     add_product,
@@ -26,15 +28,14 @@ from hybrimoe.kernels.simd import (
     zeros_like,
 )
 
-FORMATS = {name: Tag("format", name) for name in ("int4", "int8", "bfloat16", "float16", "float32")}
 ACTIVATION_GROUP = 40
-"""Bytes of 32 quantized activations: 32 int8, their scale, minus 8 times their sum."""
+"""Bytes of 32 quantized activations: 32 int8, their scale, and what a format needs of their sum."""
 HIGHEST, NAN = np.finfo(np.float32).max, np.float32(np.nan)
 
 
 def activation_bytes(fmt: str, columns: int) -> int:
     """Bytes of one row of `columns` activations as `rows` wants them."""
-    return columns // 32 * ACTIVATION_GROUP if fmt in ("int4", "int8") else columns * 4
+    return columns // 32 * ACTIVATION_GROUP if is_integer(fmt) else columns * 4
 
 
 def rows(fmt, isa, total, blob, at, groups, x, x_at):
@@ -93,7 +94,11 @@ _LOOPS = {
     "bfloat16": _bfloat16,
     "float16": _float16,
     "float32": _float32,
+    "q4_k": q4_k,
+    "q5_k": q5_k,
+    "q6_k": q6_k,
 }
+FORMATS = {name: Tag("format", name) for name in _LOOPS}
 
 
 @overload(rows, jit_options=INLINED)
@@ -102,26 +107,52 @@ def _choose_loop(fmt, isa, total, blob, at, groups, x, x_at):
 
 
 def quantize(fmt, source, at, rows, row_at, group):
-    """The Python face of `_quantized` and `_plain`."""
+    """Write source[at : at + 32] as one activation group of the row at byte `row_at`.
+
+    Behind the integers and their scale lies what takes back the offset of weights: int32 minus 8
+    times the sum of the integers (int4, int8), float32 minus their sum times the scale (q4_k, q5_k),
+    or int16 minus the sums of either half (q6_k).
+    """
     raise TypeError("quantize runs only inside a kernel")
 
 
-def _quantized(fmt, source, at, rows, row_at, group):
-    """Write source[at : at + 32] as one activation group of the row at byte `row_at`."""
-    start = row_at + group * 40
-    ints, floats, quads = rows.view(np.int8), rows.view(np.float32), rows.view(np.int32)
+@inlined
+def _quantized(source, at, rows, start):
+    """Write 32 integers and their scale at byte `start`; the scale and the sums of both halves."""
+    ints, floats = rows.view(np.int8), rows.view(np.float32)
     largest, finite = np.float32(1e-30), True
     for i in range(32):
         magnitude = abs(source[at + i])
         largest = magnitude if magnitude > largest else largest
         finite &= magnitude <= HIGHEST  # not a sum of x - x: `reassoc` makes that zero even for NaN
-    inverse, total = np.float32(127) / largest, np.int32(0)
-    for i in range(32):
+    inverse, first, second = np.float32(127) / largest, np.int32(0), np.int32(0)
+    for i in range(16):
         q = np.int32(np.rint(source[at + i] * inverse))
-        ints[start + i] = q
-        total += q
-    floats[(start + 32) // 4] = largest / np.float32(127) if finite else NAN
-    quads[(start + 36) // 4] = np.int32(-8) * total
+        r = np.int32(np.rint(source[at + 16 + i] * inverse))
+        ints[start + i], ints[start + 16 + i] = q, r
+        first, second = first + q, second + r
+    scale = largest / np.float32(127) if finite else NAN
+    floats[(start + 32) // 4] = scale
+    return scale, first, second
+
+
+def _with_sum(fmt, source, at, rows, row_at, group):
+    start = row_at + group * 40
+    _, first, second = _quantized(source, at, rows, start)
+    rows.view(np.int32)[(start + 36) // 4] = np.int32(-8) * (first + second)
+
+
+def _with_least(fmt, source, at, rows, row_at, group):
+    start = row_at + group * 40
+    scale, first, second = _quantized(source, at, rows, start)
+    rows.view(np.float32)[(start + 36) // 4] = np.float32(-(first + second)) * scale
+
+
+def _with_halves(fmt, source, at, rows, row_at, group):
+    start = row_at + group * 40
+    _, first, second = _quantized(source, at, rows, start)
+    shorts = rows.view(np.int16)
+    shorts[(start + 36) // 2], shorts[(start + 38) // 2] = -first, -second
 
 
 def _plain(fmt, source, at, rows, row_at, group):
@@ -131,6 +162,15 @@ def _plain(fmt, source, at, rows, row_at, group):
         floats[start + i] = source[at + i]
 
 
+_QUANTIZERS = {
+    "int4": _with_sum,
+    "int8": _with_sum,
+    "q4_k": _with_least,
+    "q5_k": _with_least,
+    "q6_k": _with_halves,
+}
+
+
 @overload(quantize, jit_options=INLINED)
 def _choose_quantize(fmt, source, at, rows, row_at, group):
-    return _quantized if fmt.value in ("int4", "int8") else _plain
+    return _QUANTIZERS.get(fmt.value, _plain)

@@ -119,18 +119,18 @@ def runs_here(isa):
     return all(features.get(name, False) for name in needed[isa])
 
 
-def _address(context, builder, array_type, array, offset):
+def address(context, builder, array_type, array, offset):
     """Pointer to byte `offset` of a C-contiguous array."""
     base = context.make_array(array_type)(context, builder, array).data
     return builder.gep(builder.bitcast(base, I8.as_pointer()), [offset], source_etype=I8)
 
 
-def _load(builder, pointer, typ, align=1):
+def load(builder, pointer, typ, align=1):
     return builder.load(builder.bitcast(pointer, typ.as_pointer()), align=align, typ=typ)
 
 
 def load_at(builder, pointer, offset, typ, align=4):
-    return _load(builder, builder.gep(pointer, [offset], source_etype=I8), typ, align)
+    return load(builder, builder.gep(pointer, [offset], source_etype=I8), typ, align)
 
 
 def _store(builder, value, pointer, align=4):
@@ -202,7 +202,7 @@ def following_rows(typing, tokens, array, first, stride):
         result = ir.Constant(ir.ArrayType(I8.as_pointer(), tokens.value), ir.Undefined)
         for t in range(tokens.value):
             at = builder.mul(builder.add(args[2], I64(t)), args[3])
-            pointer = _address(context, builder, array, args[1], at)
+            pointer = address(context, builder, array, args[1], at)
             result = builder.insert_value(result, pointer, t)
         return result
 
@@ -218,9 +218,9 @@ def token_rows(typing, tokens, array, index, first, stride):
         result = ir.Constant(ir.ArrayType(I8.as_pointer(), tokens.value), ir.Undefined)
         for t in range(tokens.value):
             at = builder.mul(builder.add(args[3], I64(t)), I64(4))
-            place = _address(context, builder, index, args[2], at)
-            row = builder.sext(_load(builder, place, I32, 4), I64)
-            pointer = _address(context, builder, array, args[1], builder.mul(row, args[4]))
+            place = address(context, builder, index, args[2], at)
+            row = builder.sext(load(builder, place, I32, 4), I64)
+            pointer = address(context, builder, array, args[1], builder.mul(row, args[4]))
             result = builder.insert_value(result, pointer, t)
         return result
 
@@ -232,14 +232,14 @@ def load_bytes(typing, array, offset):
     """64 bytes at byte `offset` of a uint8 array."""
 
     def codegen(context, builder, sig, args):
-        return _load(builder, _address(context, builder, array, *args), BYTES.llvm)
+        return load(builder, address(context, builder, array, *args), BYTES.llvm)
 
     return BYTES(array, types.intp), codegen
 
 
 def _load_floats(array, widen):
     def codegen(context, builder, sig, args):
-        return widen(builder, _address(context, builder, array, *args))
+        return widen(builder, address(context, builder, array, *args))
 
     return FLOATS(array, types.intp), codegen
 
@@ -248,13 +248,13 @@ def _load_floats(array, widen):
 def load_f16(typing, array, offset):
     """16 float16 at byte `offset` of a uint8 array, as float32."""
     halves = ir.VectorType(F16, LANES)
-    return _load_floats(array, lambda b, p: b.fpext(_load(b, p, halves), FLOATS.llvm))
+    return _load_floats(array, lambda b, p: b.fpext(load(b, p, halves), FLOATS.llvm))
 
 
 @intrinsic
 def load_f32(typing, array, offset):
     """16 float32 at byte `offset` of a uint8 array."""
-    return _load_floats(array, lambda b, p: _load(b, p, FLOATS.llvm))
+    return _load_floats(array, lambda b, p: load(b, p, FLOATS.llvm))
 
 
 @intrinsic
@@ -262,7 +262,7 @@ def load_bf16_even(typing, array, offset):
     """The even elements of 32 bfloat16 at byte `offset`, as float32."""
 
     def widen(builder, pointer):
-        words = _load(builder, pointer, INTS.llvm)
+        words = load(builder, pointer, INTS.llvm)
         shifted = builder.shl(words, ir.Constant(INTS.llvm, [16] * LANES))
         return builder.bitcast(shifted, FLOATS.llvm)
 
@@ -274,7 +274,7 @@ def load_bf16_odd(typing, array, offset):
     """The odd elements of 32 bfloat16 at byte `offset`, as float32."""
 
     def widen(builder, pointer):
-        words = _load(builder, pointer, INTS.llvm)
+        words = load(builder, pointer, INTS.llvm)
         masked = builder.and_(words, ir.Constant(INTS.llvm, [-65536] * LANES))
         return builder.bitcast(masked, FLOATS.llvm)
 
@@ -286,7 +286,7 @@ def prefetch(typing, array, offset):
     """Ask for the cache line at byte `offset`; an address outside the array is harmless."""
 
     def codegen(context, builder, sig, args):
-        place = _address(context, builder, array, *args)
+        place = address(context, builder, array, *args)
         hints = [I32(0), I32(3), I32(1)]  # to read, into all caches, data
         call(builder, "llvm.prefetch.p0", ir.VoidType(), [place, *hints])
         return context.get_dummy_value()
@@ -371,7 +371,7 @@ def store_tile(typing, tile, array, offset, stride):
     def codegen(context, builder, sig, args):
         for t in range(tile.tokens):
             at = builder.add(args[2], builder.mul(args[3], I64(t)))
-            place = _address(context, builder, array, args[1], at)
+            place = address(context, builder, array, args[1], at)
             _store(builder, builder.extract_value(args[0], t), place)
         return context.get_dummy_value()
 
@@ -387,7 +387,7 @@ def add_weighted(typing, tile, rows, offset, weights, first):
             pointer = builder.extract_value(args[1], t)
             old = load_at(builder, pointer, args[2], FLOATS.llvm)
             at = builder.mul(builder.add(args[4], I64(t)), I64(4))
-            weight = _load(builder, _address(context, builder, weights, args[3], at), F32, 4)
+            weight = load(builder, address(context, builder, weights, args[3], at), F32, 4)
             new = _fma(builder, builder.extract_value(args[0], t), splat(builder, weight), old)
             _store(builder, new, builder.gep(pointer, [args[2]], source_etype=I8))
         return context.get_dummy_value()
@@ -417,7 +417,7 @@ def take(typing, counters, which):
 
     def codegen(context, builder, sig, args):
         at = builder.mul(args[1], I64(8))
-        place = _address(context, builder, counters, args[0], at)
+        place = address(context, builder, counters, args[0], at)
         place = builder.bitcast(place, I64.as_pointer())
         return builder.atomic_rmw("add", place, I64(1), "monotonic")
 

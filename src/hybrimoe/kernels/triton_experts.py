@@ -3,7 +3,8 @@
 Few pairs (decode) take the two launches of `triton_pairs`, whatever the number of experts; many
 (prefill) take the tiles of `triton_tiles` and one more. Written for Ampere and later, compiled for
 sm_80, sm_89 and sm_90 and checked in Triton's interpreter; speed is unmeasured, and `TILES` and the
-constants beside it are estimates.
+constants beside it are estimates. There are no kernels for K types: their layers run by
+`torch_experts`, which dequantizes them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,17 @@ import torch
 from torch import Tensor
 
 from hybrimoe.errors import HybriMoEError
-from hybrimoe.kernels.layout import BLOCK_BYTES, GROUP, QUANTIZED, ROWS, Layout
+from hybrimoe.kernels import torch_experts
+from hybrimoe.kernels.layout import (
+    BLOCK_BYTES,
+    GROUP,
+    QUANTIZED,
+    ROWS,
+    Layout,
+    has_k_types,
+    is_integer,
+    split,
+)
 from hybrimoe.kernels.torch_pairs import DTYPES, NUMBERS, Pairs, Put, Run, Slots, begins, by_slot
 from hybrimoe.kernels.triton_pairs import down_tokens, up_pairs
 from hybrimoe.kernels.triton_tiles import down_tiles, sum_pairs, up_tiles
@@ -59,6 +70,9 @@ def run(
         return
     if slots.blobs.data_ptr() % 16:
         raise ValueError("blobs must start on a multiple of 16 bytes")
+    if has_k_types(slots.fmt):
+        torch_experts.run(slots, pairs, x, out, put)
+        return
     launch = (
         _run_tiles if tiled or (tiled is None and len(pairs.token) > MOST_PAIRS) else _run_pairs
     )
@@ -67,17 +81,18 @@ def run(
 
 def _run_pairs(slots: Slots, pairs: Pairs, x: Tensor, out: Tensor, put: Put) -> None:
     layout, gate, count = slots.layout, slots.gate, len(pairs.token)
-    constants = _constants(slots.fmt, layout, gate.kind, x.shape[1])
+    (up, units), (down, wider) = (
+        (_constants(fmt, layout, gate.kind, x.shape[1]), UNITS[fmt]) for fmt in split(slots.fmt)
+    )
     words, table = slots.blobs.view(torch.int32), put(_packed(pairs, begins(pairs, len(x))))
     h = torch.empty((count, layout.inner), dtype=torch.float32, device=x.device)
-    units = UNITS[slots.fmt]
     # A token's outputs make few programs, so each of them gets twice the threads.
     up_pairs[(count, layout.inner // ROWS)](
         words, x, table, h, count, gate.alpha, gate.limit, gate.offset,
-        **constants, UNITS=units, num_warps=4,
+        **up, UNITS=units, num_warps=4,
     )  # fmt: skip
     down_tokens[(len(x), layout.hidden // ROWS)](
-        words, table, h, out, count, **constants, UNITS=2 * units, num_warps=8
+        words, table, h, out, count, **down, UNITS=2 * wider, num_warps=8
     )
 
 
@@ -94,14 +109,15 @@ def _run_tiles(slots: Slots, pairs: Pairs, x: Tensor, out: Tensor, put: Put) -> 
     table = put(_packed(sorted_pairs, place, begins(pairs, tokens), first))
     h = torch.empty((count, layout.inner), dtype=dtype, device=x.device)
     y = torch.empty((count, out.shape[1]), dtype=torch.float32, device=x.device)
-    constants = _constants(slots.fmt, layout, gate.kind, x.shape[1]) | {
+    tiling = {
         "PRECISION": precision, "TILE": size, "BLOCKS": BLOCKS, "GROUPS": GROUPS, "num_warps": warps,
     }  # fmt: skip
+    up, down = (_constants(fmt, layout, gate.kind, x.shape[1]) | tiling for fmt in split(slots.fmt))
     up_tiles[(-(-layout.inner // (BLOCKS * ROWS)), len(first))](
-        words, x, table, h, count, tokens, gate.alpha, gate.limit, gate.offset, **constants
+        words, x, table, h, count, tokens, gate.alpha, gate.limit, gate.offset, **up
     )
     down_tiles[(-(-layout.hidden // (BLOCKS * ROWS)), len(first))](
-        words, h, table, y, count, tokens, **constants
+        words, h, table, y, count, tokens, **down
     )
     sum_pairs[(tokens, -(-out.shape[1] // WIDE))](
         y, table, out, count, D=out.shape[1], BLOCK=WIDE, num_warps=4
@@ -129,7 +145,7 @@ def _packed(pairs: Pairs, *more: np.ndarray) -> np.ndarray:
 def product(fmt: str, x: Tensor) -> tuple[torch.dtype, str]:
     """What a prefill multiplies, and how: halves where that loses nothing of native weights, else
     float32 as three products on tensor cores, whose NMSE stays below 1e-10."""
-    halves = x.dtype != torch.float32 and (fmt in QUANTIZED or DTYPES[fmt] == x.dtype)
+    halves = x.dtype != torch.float32 and (is_integer(fmt) or DTYPES[fmt] == x.dtype)
     if halves and x.dtype == torch.bfloat16 and triton.knobs.runtime.interpret:
         halves = False  # the interpreter multiplies bfloat16 as its bits
     return (x.dtype, "ieee") if halves else (torch.float32, "tf32x3")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from hybrimoe.errors import FormatError
 from hybrimoe.kernels import packing
 from hybrimoe.kernels.dtypes import DTYPES
-from hybrimoe.kernels.layout import QUANTIZED, Layout
+from hybrimoe.kernels.layout import QUANTIZED, Layout, has_k_types, is_integer, split
 from hybrimoe.kernels.rows import FORMATS
 from hybrimoe.kernels.threads import launch
 
@@ -22,8 +23,10 @@ NATIVE = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "
 """Formats that keep every bit, by the dtype they keep."""
 LARGEST = {"int4": 8 * 65504.0, "int8": 127 * 65504.0}
 """Weights beyond this need a scale that float16 cannot hold."""
-BOUNDS = {"float32": 1e-9, "float16": 1e-6, "bfloat16": 1e-4, "int8": 2e-4, "int4": 2e-4}
+BOUNDS = {"float32": 1e-9, "float16": 1e-6, "bfloat16": 1e-4}
 """NMSE of a layer against float32 arithmetic on the stored weights that `verify` accepts."""
+INTEGER_BOUND = 2e-4
+"""The same for integer weights, whose activations are rounded to int8."""
 
 
 def bits(tensor: torch.Tensor) -> np.ndarray:
@@ -35,15 +38,29 @@ def bits(tensor: torch.Tensor) -> np.ndarray:
 
 
 def format_of(weights: str, dtype: torch.dtype) -> str:
-    """The blob format for a `Config.weights` choice and a checkpoint dtype."""
+    """The blob format for a `Config.weights` choice, or a file's format, and a checkpoint dtype."""
     if dtype not in NATIVE:
         raise FormatError(f"expert weights must be float32, bfloat16 or float16, got {dtype}")
     return NATIVE[dtype] if weights == "native" else weights
 
 
+def choice_of(formats: Iterable[str]) -> str:
+    """The `Config.weights` choice that layers of these formats amount to.
+
+    "native" where they are the checkpoint's own: its dtype, or the types of a file, which differ.
+    """
+    found = set(formats)
+    return found.pop() if len(found) == 1 and found <= set(QUANTIZED) else "native"
+
+
 def is_lossless(fmt: str) -> bool:
-    """Whether unpacking gives back the very bits that were packed."""
-    return fmt not in QUANTIZED
+    """Whether unpacking gives back the very numbers that were packed."""
+    return not set(split(fmt)) & set(QUANTIZED)
+
+
+def bound_of(fmt: str) -> float:
+    """The NMSE that `verify` accepts of a layer in a format."""
+    return INTEGER_BOUND if is_integer(fmt) else BOUNDS[fmt]
 
 
 def check_range(name: str, fmt: str, tensors: list[torch.Tensor]) -> None:
@@ -61,7 +78,12 @@ def check_range(name: str, fmt: str, tensors: list[torch.Tensor]) -> None:
 
 
 def pack(fmt: str, layout: Layout, weights: ExpertWeights, blobs: np.ndarray) -> None:
-    """Fill `blobs` [E, expert_bytes] uint8 with all experts of one layer."""
+    """Fill `blobs` [E, expert_bytes] uint8 with all experts of one layer.
+
+    Raises FormatError for K types, which are made from no floats.
+    """
+    if has_k_types(fmt):
+        raise FormatError(f"experts are kept as {fmt} only if a GGUF file holds them so")
     _convert(packing.pack_experts, fmt, layout, weights, blobs)
     pack_biases(layout, weights, blobs)
 
@@ -127,7 +149,7 @@ def _convert(
     blobs: np.ndarray,
     part: int = 0,
 ) -> None:
-    dtype = DTYPES[NATIVE[weights.up.dtype]]
+    (up_fmt, down_fmt), dtype = split(fmt), DTYPES[NATIVE[weights.up.dtype]]
     threads = launch.threads()
     up, down = weights.up, weights.down  # [E, M, F, D], [E, D, F], any strides
     # fmt: off
@@ -137,10 +159,11 @@ def _convert(
         up.shape[3], up.shape[2],
     )
     # fmt: on
+    tags = FORMATS[up_fmt], FORMATS[down_fmt]
     rows, work = np.empty((threads, 32), np.float32), np.zeros(8, np.int64)
     work[3] = part
     with launch.lock:
-        kernel(FORMATS[fmt], dtype, threads, layout, tensors, blobs, rows, work)
+        kernel(tags, dtype, threads, layout, tensors, blobs, rows, work)
     if work[1]:
         raise FormatError(f"{work[1]} groups of 32 weights cannot be stored as {fmt}: not finite")
 

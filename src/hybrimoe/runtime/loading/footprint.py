@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hybrimoe.kernels.layout import Layout, expert_layout
+from hybrimoe.kernels.layout import Layout, expert_layout, split
 from hybrimoe.kernels.moe import LONGEST
 from hybrimoe.kernels.rows import activation_bytes
 from hybrimoe.runtime import formats
@@ -62,8 +62,7 @@ class Footprint:
     dense_bytes: every parameter and buffer that is no routed expert, tied ones once.
     dense_read_bytes: those of them that a decode step reads; a lookup in an embedding reads a row.
     stored: tensors of the checkpoint. streams: whether experts are packed a few at a time as they
-    are read; else the loader puts the parameters of a layer together first. tiered: the same with
-    some experts on disk, where their files prescribe another format for that.
+    are read; else the loader puts the parameters of a layer together first.
     """
 
     layers: tuple[ExpertShape, ...]
@@ -74,7 +73,6 @@ class Footprint:
     forward: ForwardMemory
     stored: int = 0
     streams: bool = True
-    tiered: Footprint | None = None
 
     @property
     def is_prescribed(self) -> bool:
@@ -143,8 +141,9 @@ class Footprint:
         return most
 
     def _workspace(self, layer: ExpertShape, weights: str, tokens: int) -> int:
-        layout, k, fmt = layer.layout(weights), self.top_k, layer.fmt(weights)
-        x, h = (activation_bytes(fmt, size) for size in (layout.hidden, layout.inner))
+        layout, k = layer.layout(weights), self.top_k
+        up, down = split(layer.fmt(weights))
+        x, h = activation_bytes(up, layout.hidden), activation_bytes(down, layout.inner)
         return tokens * (x + k * (h + 8) + 4 * layout.hidden)
 
 

@@ -1,8 +1,8 @@
 """Experts of a GGUF file into the blobs of the pool, a few at a time.
 
-Where a blob can hold a file's own numbers it does: Q4_0 as int4, Q8_0, Q5_0 and IQ4_NL as int8. What
-has no scale per 32 numbers is rounded to int8, and a warning says what that adds. The dense weights
-are none of this module's business.
+Where a blob can hold a file's own numbers it does: Q4_0 as int4, Q8_0, Q5_0 and IQ4_NL as int8, Q4_K,
+Q5_K and Q6_K in formats of the same names. Other types are rounded to int8, and a warning says what
+that adds. The dense weights are none of this module's business.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from hybrimoe.errors import CheckpointError, ConfigError, UnsupportedModelError
-from hybrimoe.kernels import ggml
+from hybrimoe.kernels import ggml, ggml_k
+from hybrimoe.kernels.layout import is_integer, join, split
 from hybrimoe.kernels.threads import launch
 from hybrimoe.runtime.experts import PooledExperts
 from hybrimoe.runtime.loading.arrivals import STAGING_BYTES, Arrivals
@@ -29,6 +30,8 @@ from hybrimoe.runtime.loading.reading import bytes_of, read_at
 logger = logging.getLogger("hybrimoe")
 MATRICES = ("gate", "up", "down")
 EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)_exps\.weight")
+OWN = {ggml.Q4_0: "int4", **ggml_k.FORMATS}
+"""Formats for a type alone; all others become int8, some of them without loss."""
 PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
 """Types that are no blocks."""
 Dequantize = Callable[[np.ndarray, int], np.ndarray]
@@ -64,25 +67,22 @@ def layers_of(header: GgufHeader) -> dict[int, Matrices]:
     return {block: Matrices(**parts) for block, parts in sorted(found.items())}
 
 
-def weights_of(layers: dict[int, Matrices], is_uniform: bool = False) -> dict[int, str]:
-    """How each layer is kept: "int4", "int8" or "native"; is_uniform: all in one way.
-
-    Gate, up and down of an expert share a format, so the widest of the three decides.
-    """
-    kinds = {block: {tensor.kind for tensor in layer} for block, layer in layers.items()}
-    if all(kind <= PLAIN.keys() for kind in kinds.values()):
+def weights_of(layers: dict[int, Matrices]) -> dict[int, str]:
+    """How each layer is kept: a blob format, or "native" for all if all are plain numbers."""
+    if all(tensor.kind in PLAIN for layer in layers.values() for tensor in layer):
         return dict.fromkeys(layers, "native")
-    narrow = {block: kind == {ggml.Q4_0} for block, kind in kinds.items()}
-    if is_uniform and not all(narrow.values()):
-        return dict.fromkeys(layers, "int8")
-    return {block: "int4" if is_narrow else "int8" for block, is_narrow in narrow.items()}
+    return {block: _format_of(layer) for block, layer in layers.items()}
 
 
-def prescribed(
-    layers: dict[int, Matrices], is_uniform: bool = False
-) -> Callable[[str], str | None]:
+def _format_of(layer: Matrices) -> str:
+    """Gate and up share a format, so types that differ become int8."""
+    gate, up, down = (OWN.get(tensor.kind, "int8") for tensor in layer)
+    return join(gate if gate == up else "int8", down)
+
+
+def prescribed(layers: dict[int, Matrices]) -> Callable[[str], str | None]:
     """`weights_of` as a function of the name of a layer's experts."""
-    weights = weights_of(layers, is_uniform)
+    weights = weights_of(layers)
     return lambda name: weights.get(block_of(name))
 
 
@@ -160,7 +160,7 @@ class ExpertsReader:
                     self.header.path,
                     _name(block, matrix),
                 )
-        if layer.packed.fmt in ("int4", "int8"):
+        if is_integer(layer.packed.fmt):
             for at, (matrix, tensor) in enumerate(zip(MATRICES, matrices)):
                 self._relay(file, layer, at, _name(block, matrix), tensor)
             arrivals.accept_packed(layer)
@@ -173,7 +173,9 @@ class ExpertsReader:
         """One matrix of all experts into the blobs, by the kernel."""
         experts, rows, columns = tensor.shape
         each = tensor.nbytes // experts
-        direct = tensor.kind in ggml.BLOCK and tensor.kind not in PLAIN
+        fmt = split(layer.packed.fmt)[at == 2]
+        is_own = ggml_k.FORMATS.get(tensor.kind) == fmt
+        direct = is_own or (tensor.kind in ggml.BLOCK and tensor.kind not in PLAIN)
         staged = each if direct else 4 * rows * columns
         chunk = min(experts, max(1, STAGING_BYTES // staged))
         staging = np.empty(chunk * each, np.uint8)
@@ -187,13 +189,14 @@ class ExpertsReader:
             if not direct:
                 raw = self._values(raw, tensor, count).view(np.uint8).reshape(-1)
             work = np.zeros(8, np.int64)
-            bits = 4 if packed.fmt == "int4" else 8
             blobs = packed.blobs[first : first + count]
-            # fmt: off
+            what = (threads, packed.layout, at, (rows, columns), raw, blobs)
             with launch.lock:
-                ggml.relay_experts(kind, bits, threads, packed.layout, at, (rows, columns), raw,
-                                   blobs, scratch, sums, work)
-            # fmt: on
+                if is_own:
+                    ggml_k.relay_k(kind, *what, work)
+                else:
+                    bits = 4 if fmt == "int4" else 8
+                    ggml.relay_experts(kind, bits, *what, scratch, sums, work)
             if work[ggml.NOT_FINITE]:
                 raise CheckpointError(
                     "holds weights that are not finite, or too large for a scale in float16",

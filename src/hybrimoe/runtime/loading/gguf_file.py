@@ -28,6 +28,7 @@ from hybrimoe.errors import (
     ConfigError,
     UnsupportedModelError,
 )
+from hybrimoe.runtime.formats import choice_of
 from hybrimoe.runtime.loading import gguf_experts
 from hybrimoe.runtime.loading.arrivals import STAGING_BYTES, Arrivals
 from hybrimoe.runtime.loading.gguf_check import ArrayLength, GgufHeader, GgufTensor, read_gguf
@@ -133,8 +134,8 @@ def load_gguf(
         gguf_experts.refuse_format(config.weights)
     hf_kwargs = dict(hf_kwargs)
     header, layers, model_config, skeleton, dtype, dense = open_gguf(name, hf_kwargs)
-    weights = gguf_experts.weights_of(layers, is_uniform=config.ram is not None)
-    kept = next(iter(set(weights.values()))) if len(set(weights.values())) == 1 else "int8"
+    weights = gguf_experts.weights_of(layers)
+    kept = choice_of(weights.values())
     reader = gguf_experts.ExpertsReader(header, layers, dequantize)
     source = GgufSource(config.replace(weights=kept), reader, weights)
     ours = {*HUB, "use_safetensors", "variant", "trust_remote_code"}

@@ -17,6 +17,7 @@ from hybrimoe.errors import (
     ConfigError,
     UnsupportedModelError,
 )
+from hybrimoe.runtime.formats import choice_of
 from hybrimoe.runtime.loading.checkpoints import CONVERT, INDEX, examine_folder, read_index
 from hybrimoe.runtime.loading.load_memory import ensure_fits
 from hybrimoe.runtime.loading.packed_files import DENSE, check_dense, read_manifest
@@ -94,7 +95,8 @@ def load_packed(
     hf_kwargs: dict[str, Any],
 ) -> Any:
     """Load what `save_packed` wrote: the dense weights by transformers, the experts by ourselves."""
-    stored, dtype = (manifest["layers"][0][key] for key in ("weights", "dtype"))
+    dtype = manifest["layers"][0]["dtype"]
+    stored = choice_of(layer["weights"] for layer in manifest["layers"])
     if (is_format_given or config.weights != "native") and config.weights != stored:
         raise ConfigError(
             f"weights must be {stored!r}, which the experts in {folder} were packed as, got "

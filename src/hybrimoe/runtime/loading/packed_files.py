@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from hybrimoe.errors import CheckpointError, StorageError
+from hybrimoe.kernels.layout import is_integer
 from hybrimoe.kernels.threads import usable_cores
 from hybrimoe.policy.cost import write_atomically
 from hybrimoe.runtime.experts import PooledExperts
@@ -263,7 +264,7 @@ def describe(layer: PooledExperts) -> dict[str, Any]:
     packed = layer.packed
     return {
         "name": layer.name,
-        "weights": "native" if packed.fmt not in ("int4", "int8") else packed.fmt,
+        "weights": packed.fmt if is_integer(packed.fmt) else "native",
         "dtype": str(layer.dtype).removeprefix("torch."),
         "format": packed.fmt,
         "layout": packed.layout._asdict(),

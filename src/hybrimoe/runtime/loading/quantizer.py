@@ -33,6 +33,7 @@ from hybrimoe.runtime.loading.converting import PackingConverter
 from hybrimoe.runtime.loading.load_memory import ensure_fits, own_memory
 from hybrimoe.runtime.loading.packed_files import fill
 from hybrimoe.runtime.loading.reading import Reader
+from hybrimoe.runtime.storage.tiers import WeightsOf
 
 METHOD = "hybrimoe"
 """What `Config.quant_method` says."""
@@ -114,14 +115,15 @@ class PackedConfig:
         model.config.name_or_path = model.name_or_path = str(self.folder.parent)
 
 
-Start = Callable[[Config, nn.Module], Session]
+Start = Callable[[Config, nn.Module, WeightsOf | None], Session]
 Finish = Callable[[Any, nn.Module], None]
 
 
 def register(start: Start, finish: Finish) -> None:
     """Make transformers know `quantization_config=hybrimoe.Config(...)`; again changes nothing.
 
-    start: makes the runtime of a model without weights. finish: completes it when all are there.
+    start: makes the runtime of a model without weights, given the formats that files prescribe, if
+    any. finish: completes it when all are there.
     """
     if METHOD not in AUTO_QUANTIZER_MAPPING:
         faces = {"start": staticmethod(start), "finish": staticmethod(finish)}
@@ -177,12 +179,11 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
             kept = None if self.packed is None else self.packed.weights_of
             budget = self.config.weights, self.config.ram
             ensure_fits(model, *budget, checkpoint_files or (), stored, kept)
-            self.session = self.start(self.config, model)
+            self.session = self.start(self.config, model, kept)
             if self.packed is None or not self.packed.keeps_files:
                 self.session.make_room()
             for experts in found:
-                weights = self.packed.weights_of(experts.name) if self.packed is not None else None
-                self.session.pack(experts, weights)
+                self.session.pack(experts, None if kept is None else kept(experts.name))
         self.arrivals = Arrivals(self.session.layers)
         if self.packed is not None:
             self.packed.fill(self.arrivals)

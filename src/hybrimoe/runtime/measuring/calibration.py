@@ -21,12 +21,11 @@ from hybrimoe.policy.cost import CostModel
 from hybrimoe.policy.fitting import fit_contended, fit_cpu, fit_gpu, fit_link, misfit
 from hybrimoe.policy.profiles import Shape, profile
 from hybrimoe.policy.profiles import shape as shape_by_model
-from hybrimoe.runtime.adapters import ExpertWeights
 from hybrimoe.runtime.devices.cuda import TorchAccelerator
 from hybrimoe.runtime.devices.device import Accelerator
-from hybrimoe.runtime.formats import pack
 from hybrimoe.runtime.measuring import probes
 from hybrimoe.runtime.measuring.calibration_cache import Measured, cached
+from hybrimoe.runtime.measuring.random_experts import fill_random
 from hybrimoe.runtime.pool import ExpertPool, allocate_blobs
 
 DEFAULT_SHAPE = "qwen3-30b-a3b"
@@ -121,7 +120,9 @@ def pooled_subject(pool: ExpertPool) -> Subject:
         return Subject(
             largest.fmt, largest.layout, lambda: [_random_layer(largest.fmt, largest.layout, like)]
         )
-    equal = [layer for layer in layers if layer.layout == largest.layout]
+    equal = [
+        layer for layer in layers if (layer.fmt, layer.layout) == (largest.fmt, largest.layout)
+    ]
     return Subject(largest.fmt, largest.layout, lambda: equal)
 
 
@@ -241,14 +242,9 @@ def _allocate(accelerator: Accelerator, slot_bytes: int) -> int:
 
 def _random_layer(fmt: str, layout: Layout, like: Shape) -> PackedLayer:
     """One random expert, repeated: every copy is read from memory all the same."""
-    generator = torch.Generator().manual_seed(0)
-    sizes = (1, 2, like.intermediate, like.hidden), (1, like.hidden, like.intermediate)
-    up, down = (
-        (torch.randn(*size, generator=generator) * 0.03).to(torch.bfloat16) for size in sizes
-    )
     count = max(2 * max(probes.EXPERTS), probes.ROTATED // layout.expert_bytes)
     blobs = allocate_blobs(count, layout)
-    pack(fmt, layout, ExpertWeights(up, down, Gate(0), None, None), blobs[:1])
+    fill_random(fmt, layout, blobs[:1])
     blobs[1:] = blobs[:1]
     return PackedLayer(fmt, layout, Gate(0), like.hidden, blobs)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import nn
 
 from hybrimoe.config import Config
@@ -12,15 +14,24 @@ from hybrimoe.runtime.storage.backing import Backing
 from hybrimoe.runtime.storage.disk import DiskTier
 from hybrimoe.runtime.storage.tier_sizes import tier_sizes
 
+WeightsOf = Callable[[str], str | None]
+"""The format that files prescribe for the experts of a name."""
 
-def open_tier(config: Config, model: nn.Module) -> DiskTier | None:
+
+def open_tier(
+    config: Config, model: nn.Module, weights_of: WeightsOf | None = None
+) -> DiskTier | None:
     """The tier for a model that is not wrapped yet, or None where RAM holds all its experts.
 
+    weights_of: instead of `config.weights`, where files prescribe it.
     Takes no memory and no disk yet. Raises ConfigError.
     """
     if config.ram is None:
         return None
-    layers = [shape_of(found, config.weights) for found in find_experts(model)]
+    layers = [
+        shape_of(found, (weights_of and weights_of(found.name)) or config.weights)
+        for found in find_experts(model)
+    ]
     top_k = top_k_of(model)
     sizes = tier_sizes(config.ram, layers, top_k)
     if sizes is None:
