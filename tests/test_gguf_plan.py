@@ -70,9 +70,22 @@ def test_a_mixed_file_says_how_many_layers_have_which_format(tiny):
     found = hybrimoe.plan(tiny, gguf_file="mixed.gguf")
 
     assert found.weights == "mixed"
-    assert "as int4 in 8 layers and int8 in 4 layers, RAM" in str(found)
+    assert "as int4 in 8 layers and int4+int8 in 4 layers, RAM" in str(found)
     assert [row.weights for row in found.formats] == ["mixed"]
     assert found.model == str(tiny / "mixed.gguf")
+
+
+def test_a_packed_folder_with_a_format_per_layer_is_planned(tiny, tmp_path):
+    loaded = hybrimoe.from_pretrained(tiny, gguf_file="mixed.gguf")
+    hybrimoe.save_packed(loaded, tmp_path)
+    found = hybrimoe.plan(tmp_path)
+
+    assert found.weights == "mixed"
+    assert found.layers == {
+        layer.name: layer.packed.blobs.nbytes for layer in loaded.hybrimoe.layers
+    }
+    again = eval(found.call, {"hybrimoe": hybrimoe})
+    assert again.hybrimoe.pool.nbytes == found.parts["experts"]
 
 
 def test_a_path_is_the_same_as_its_folder_and_file(tiny, monkeypatch):
@@ -87,7 +100,7 @@ def test_a_path_is_the_same_as_its_folder_and_file(tiny, monkeypatch):
 
 
 def test_what_takes_more_memory_than_in_the_file_is_noted(tiny):
-    for kind, is_larger in (("Q8_0", False), ("mixed", True)):
+    for kind, is_larger in (("Q8_0", False), ("mixed", False), ("F16", True)):
         text = str(hybrimoe.plan(tiny, gguf_file=f"{kind}.gguf"))
         assert ("without a format of ours are kept in a wider one" in text) == is_larger
 
@@ -138,7 +151,7 @@ def test_what_does_not_fit_is_offered_with_experts_on_disk(tiny):
     assert not found.fits
     assert "fits, with the other experts on disk" in found.nearest
     assert model.hybrimoe.pool.tier is not None
-    assert {layer.packed.fmt for layer in model.hybrimoe.layers} == {"int8"}
+    assert {layer.packed.fmt for layer in model.hybrimoe.layers} == {"int4", "int4+int8"}
 
 
 @pytest.mark.parametrize(
@@ -247,7 +260,7 @@ def test_plan_takes_the_option_or_a_path(capsys, tiny):
 
     assert option["call"] == path["call"]
     assert (path["weights"], path["fits"]) == ("mixed", True)
-    assert set(path["kept"].values()) == {"int4", "int8"}
+    assert set(path["kept"].values()) == {"int4", "int4+int8"}
 
 
 def test_generate_writes_what_the_file_says(capsys, tiny):
