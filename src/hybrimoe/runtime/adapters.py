@@ -146,8 +146,10 @@ def _split(tensor: Tensor, matrices: int, concatenated: bool) -> Tensor:
 
 
 def top_k_of(model: Any) -> int:
-    """Experts per token by the model's configuration, 2 where no known name says it."""
-    config = model.config.get_text_config()
+    """Experts per token by the model's configuration, 2 where it has none or no known name says it."""
+    config = getattr(model, "config", None)
+    if config is not None:
+        config = config.get_text_config()
     for name in TOP_K_NAMES:
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:
