@@ -39,11 +39,14 @@ class Source(NamedTuple):
             read_gguf(*find_file(self.name, self.gguf_file, {}))
 
 
-def add_name(parser: argparse.ArgumentParser) -> None:
+def add_name(
+    parser: argparse.ArgumentParser,
+    metavar: str = "NAME",
+    where: str = "a folder, a name on the hub, or a .gguf file",
+) -> None:
     """The arguments that name a model."""
-    where = "a folder, a name on the hub, or a .gguf file"
-    parser.add_argument("name", metavar="NAME", help=where)
-    parser.add_argument("--gguf-file", metavar="FILE", help="the GGUF file in NAME to load")
+    parser.add_argument("name", metavar=metavar, help=where)
+    parser.add_argument("--gguf-file", metavar="FILE", help=f"the GGUF file in {metavar} to load")
 
 
 def source_of(options: argparse.Namespace) -> Source:
@@ -59,20 +62,18 @@ def source_of(options: argparse.Namespace) -> Source:
 
 def tokenizer_of(source: Source) -> Any:
     """Its tokenizer: that of the folder, else the one in the GGUF file; ConfigError without any."""
-    tried, errors = [{}, source.arguments] if source.gguf_file else [{}], []
-    for arguments in tried:
-        try:
-            return _tokenizer(source.name, arguments)
-        except ConfigError as error:
-            errors.append(error)
-    raise (
-        errors[-1]
-        if source.gguf_file is None
-        else ConfigError(
-            f"NAME has no tokenizer, neither beside {source.gguf_file} ({errors[0]}) nor in it "
-            f"({errors[1]})"
-        )
-    )
+    try:
+        return _tokenizer(source.name, {})
+    except ConfigError as error:
+        if source.gguf_file is None:
+            raise
+        beside = error
+    try:
+        return _tokenizer(source.name, source.arguments)
+    except ConfigError as inside:
+        raise ConfigError(
+            f"NAME has no tokenizer, neither beside {source.gguf_file} ({beside}) nor in it ({inside})"
+        ) from inside
 
 
 def load_wrapped(options: argparse.Namespace, source: Source, context: int) -> tuple[Any, str]:

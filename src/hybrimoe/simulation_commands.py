@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from hybrimoe.errors import ConfigError, ProfileError
+from hybrimoe.named_models import add_name, source_of, tokenizer_of
 from hybrimoe.policy.cost import CostModel
 from hybrimoe.policy.presets import PRESETS
 from hybrimoe.policy.profiles import PROFILES, Profile
@@ -30,9 +31,7 @@ FEWER_STEPS = 4000  # decode steps that statistics look at
 def add_trace(commands: Any) -> None:
     """The arguments of `hybrimoe trace`."""
     parser = commands.add_parser("trace", help="record what a model's routers ask for")
-    where = "a transformers MoE checkpoint, or a .gguf file"
-    parser.add_argument("name", metavar="MODEL", help=where)
-    parser.add_argument("--gguf-file", metavar="FILE", help="the GGUF file in MODEL to load")
+    add_name(parser, "MODEL", "a transformers MoE checkpoint, or a .gguf file")
     parser.add_argument(
         "--prompts",
         type=Path,
@@ -230,7 +229,6 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any]:
     """Model and tokenizer; experts of a GGUF file come packed, which changes no routing."""
     import hybrimoe
     from hybrimoe.commands import load_model
-    from hybrimoe.named_models import source_of, tokenizer_of
 
     source = source_of(options)
     if source.gguf_file is None:

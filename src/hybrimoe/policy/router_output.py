@@ -26,6 +26,20 @@ def find_scoring(logits: Array, ids: Array, weights: Array) -> int:
     return int(np.nanargmin(np.round(errors, 3)))  # rounded: bfloat16 weights are no more exact
 
 
+class Scorings:
+    """How each layer's router makes scores of its logits, learnt from its first call."""
+
+    def __init__(self, layers: int) -> None:
+        self._found: list[int | None] = [None] * layers
+
+    def of(self, layer: int, logits: Array, ids: Array, weights: Array) -> int:
+        """The scoring of a layer that is called with these; the plainest until there are some."""
+        how = self._found[layer]
+        if how is None and logits.size and ids.size:
+            how = self._found[layer] = find_scoring(logits, ids, weights)
+        return SOFTMAX if how is None else how
+
+
 def read_load(
     layer: int,
     ids: Array,

@@ -273,7 +273,4 @@ def _numpy(tensor: Tensor) -> np.ndarray:
         tensor = tensor.cpu()
     if not tensor.is_contiguous():
         tensor = tensor.contiguous()
-    if tensor.dtype in (torch.bfloat16, torch.float16):
-        tensor = tensor.view(torch.uint16)
-    array: np.ndarray = tensor.numpy()
-    return array
+    return formats.bits(tensor)

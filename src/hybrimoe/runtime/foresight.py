@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hybrimoe.policy.router_output import find_scoring, read_forecast
+from hybrimoe.policy.router_output import Scorings, read_forecast
 from hybrimoe.policy.routing import Forecast
 from hybrimoe.runtime.intake import as_array
 from hybrimoe.runtime.routers import Seat, look_ahead
@@ -25,7 +25,7 @@ class Foresight:
 
     def __init__(self, seats: list[Seat], experts: int) -> None:
         self.seats, self.experts = seats, experts
-        self._scoring: list[int | None] = [None] * len(seats)
+        self._scorings = Scorings(len(seats))
         self._hooks: list[Any] = [hook for seat in seats for hook in seat.watch()]
 
     def forecasts(self, layer: int, ids: Tensor, weights: Tensor) -> list[Forecast]:
@@ -38,7 +38,8 @@ class Foresight:
         if logits is None or 2 * ids.numel() > self.experts:
             return []
         ahead = look_ahead(self.seats, layer, place, DEPTH, self.experts)
-        how = self._how(layer, logits, ids, weights)
+        called = _on_host(logits), _on_host(ids, torch.int64), _on_host(weights)
+        how = self._scorings.of(layer, *called)
         return [
             read_forecast(target, _on_host(chosen, torch.int64), _on_host(values), how)
             for target, chosen, values in ahead
@@ -52,14 +53,6 @@ class Foresight:
         """Remove all hooks."""
         while self._hooks:
             self._hooks.pop().remove()
-
-    def _how(self, layer: int, logits: Tensor, ids: Tensor, weights: Tensor) -> int:
-        """How this layer's router makes scores of logits, learnt from its first call."""
-        how = self._scoring[layer]
-        if how is None:
-            found = _on_host(logits), _on_host(ids, torch.int64), _on_host(weights)
-            how = self._scoring[layer] = find_scoring(*found)
-        return how
 
 
 def _on_host(tensor: Tensor, dtype: torch.dtype = torch.float32) -> np.ndarray:

@@ -31,9 +31,8 @@ INTEGER_BOUND = 2e-4
 
 def bits(tensor: torch.Tensor) -> np.ndarray:
     """A contiguous tensor of the host as kernels take it: bfloat16 and float16 as uint16."""
-    array: np.ndarray = (
-        tensor if tensor.dtype == torch.float32 else tensor.view(torch.uint16)
-    ).numpy()
+    halves = tensor.dtype in (torch.bfloat16, torch.float16)
+    array: np.ndarray = (tensor.view(torch.uint16) if halves else tensor).numpy()
     return array
 
 
@@ -171,7 +170,4 @@ def _convert(
 def _flat(tensor: torch.Tensor) -> np.ndarray:
     """All of a tensor's storage from its first element on, as one numpy array (uint16 for halves)."""
     size = tensor.untyped_storage().nbytes() // tensor.element_size() - tensor.storage_offset()
-    flat = tensor.detach().as_strided((size,), (1,))
-    halves = tensor.dtype in (torch.bfloat16, torch.float16)
-    array: np.ndarray = (flat.view(torch.uint16) if halves else flat).numpy()
-    return array
+    return bits(tensor.detach().as_strided((size,), (1,)))

@@ -10,13 +10,7 @@ import torch
 from torch import Tensor
 
 from hybrimoe.kernels.moe import PackedLayer, check_arguments
-from hybrimoe.policy.router_output import (
-    NO_LOGITS,
-    SOFTMAX,
-    find_scoring,
-    read_forecast,
-    read_load,
-)
+from hybrimoe.policy.router_output import NO_LOGITS, Scorings, read_forecast, read_load
 from hybrimoe.policy.routing import Forecast, Load
 from hybrimoe.runtime.devices.device import Accelerator
 from hybrimoe.runtime.routers import Seat, look_ahead
@@ -41,7 +35,7 @@ class Intake:
     def __init__(self, accelerator: Accelerator, layers: int, experts: int) -> None:
         self.accelerator, self.experts = accelerator, experts
         self.seats: list[Seat] = []
-        self.scoring: list[int | None] = [None] * layers
+        self.scorings = Scorings(layers)
         self._hooks: list[Any] = []
 
     def watch(self, seats: list[Seat]) -> None:
@@ -79,7 +73,7 @@ class Intake:
         there = on_host if hidden.device.type == "cpu" else hidden.detach().contiguous()
         call = Call(x, host_ids, host_weights, there, early)
         scores = NO_LOGITS if logits is None else as_array(fetched[3])
-        how = self._scoring(layer, scores, host_ids, host_weights)
+        how = self.scorings.of(layer, scores, host_ids, host_weights)
         load = read_load(layer, host_ids, host_weights, self.experts, scores, how)
         pairs = zip(fetched[3 + len(shown) :: 2], fetched[4 + len(shown) :: 2])
         forecasts = [
@@ -99,13 +93,6 @@ class Intake:
             return logits, look_ahead(self.seats, layer, place, depth, self.experts)
         finally:
             seat.forget()
-
-    def _scoring(self, layer: int, logits: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> int:
-        """How this layer's router makes scores of logits, learnt from its first call."""
-        how = self.scoring[layer]
-        if how is None and logits.size and ids.size:
-            how = self.scoring[layer] = find_scoring(logits, ids, weights)
-        return SOFTMAX if how is None else how
 
 
 def as_array(tensor: Tensor, dtype: torch.dtype = torch.float32) -> np.ndarray:

@@ -324,11 +324,10 @@ class DiskTier:
 
     def _look_ahead(self, load: Load, foresee: Foresee) -> None:
         """Order what the next layer will probably use, behind all that this one waits for."""
-        if self.cache.crowded or not (self.cache.slot[load.layer + 1 : load.layer + 2] < 0).any():
+        if self.cache.crowded or not self.cache.lacks(load.layer + 1, load.layer + 2):
             return  # ids of single tokens say little of a prompt
-        forecasts = (foresee() if self._absent > RARE else ()) or self.forecaster.forecast(
-            load.layer
-        )
+        told = foresee() if self._absent > RARE else ()
+        forecasts = told or self.forecaster.forecast(load.layer)
         self.trust.expect(load.layer, forecasts)
         factor, cache = min(self.trust.factor(0), 1.0), self.cache
         for forecast in forecasts:
