@@ -33,13 +33,13 @@ status = os.open(f"/proc/{sys.argv[1]}/status", os.O_RDONLY)
 def anonymous():
     text = os.pread(status, 4096, 0)
     return int(text[text.index(b"RssAnon:") + 8:].split(None, 1)[0]) * 1024
-peak = 0
+peak = samples = 0
 while True:
-    peak = max(peak, anonymous())
+    peak, samples = max(peak, anonymous()), samples + 1
     if select.select([0], [], [], 0.0005)[0]:
         if not os.read(0, 1):
             break
-        os.write(1, b"%d\\n" % max(peak, anonymous()))
+        os.write(1, b"%d %d\\n" % (max(peak, anonymous()), samples))
 """
 needs_proc = pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="RssAnon is read from /proc"
@@ -107,7 +107,8 @@ class Peak:
     def bytes(self) -> int:
         """Until now."""
         os.write(self.sampler.stdin.fileno(), b"?")
-        return int(self.sampler.stdout.readline()) - self.before
+        peak, self.samples = map(int, self.sampler.stdout.readline().split())
+        return peak - self.before
 
     def __exit__(self, *_: object) -> None:
         self.last = self.bytes()

@@ -2,12 +2,9 @@
 
 import contextlib
 import importlib.util
-import json
 import logging as python_logging
 import shutil
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig, Qwen3
 
 import gguf_files
 import hybrimoe
+import processes
 from hybrimoe import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -523,40 +521,17 @@ def test_it_is_saved_packed_and_read_again_as_it_is(tiny, tmp_path):
 
 
 PEAK = """
-import json, sys, threading, time, warnings
-from pathlib import Path
-import transformers, hybrimoe
-
-warnings.simplefilter("ignore")
-transformers.utils.logging.set_verbosity_error()
-transformers.utils.logging.disable_progress_bar()
-
-def anonymous():
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) * 1024
-
 hybrimoe.from_pretrained(sys.argv[1], gguf_file="Q8_0.gguf")  # compiles, which takes memory
-before, samples, done = anonymous(), [], threading.Event()
-
-def sample():
-    while not done.is_set():
-        samples.append(anonymous())
-        time.sleep(0.001)
-
-sampler = threading.Thread(target=sample)
-sampler.start()
-model = hybrimoe.from_pretrained(sys.argv[2], gguf_file="model.gguf")
-done.set()
-sampler.join()
+with Peak() as peak:
+    model = hybrimoe.from_pretrained(sys.argv[2], gguf_file="model.gguf")
 print(json.dumps({
-    "peak": max(samples) - before, "samples": len(samples), "pool": model.hybrimoe.pool.nbytes,
+    "peak": peak.last, "samples": peak.samples, "pool": model.hybrimoe.pool.nbytes,
     "layers": len(model.hybrimoe.layers), "dense": sum(p.nbytes for p in model.parameters()),
 }))
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is read from /proc")
+@processes.needs_proc
 def test_a_load_takes_the_packed_experts_the_dense_weights_and_less_than_a_layer(tiny, tmp_path):
     config = Qwen3MoeConfig(
         num_hidden_layers=6, hidden_size=512, moe_intermediate_size=512, num_experts=32,
@@ -572,10 +547,7 @@ def test_a_load_takes_the_packed_experts_the_dense_weights_and_less_than_a_layer
     del model
     config.save_pretrained(tmp_path)
     assert (tmp_path / "model.gguf").stat().st_size > 150e6
-    command = [sys.executable, "-c", PEAK, str(tiny), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    used = json.loads(done.stdout.splitlines()[-1])
+    used = processes.run(PEAK, tiny, tmp_path)
 
     assert used["samples"] > 20
     assert used["peak"] >= used["pool"]  # or it was not measured

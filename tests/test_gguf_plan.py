@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import gguf
@@ -14,6 +12,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausal
 import gguf_files
 import hybrimoe
 import hybrimoe.memory_plan
+import processes
 from hybrimoe import CheckpointError, CheckpointNotFoundError, ConfigError
 from hybrimoe.cli import main
 from hybrimoe.runtime.loading import load_memory
@@ -197,38 +196,15 @@ def test_the_load_is_refused_by_what_its_layers_really_take(tiny, monkeypatch):
 
 
 PEAK = """
-import json, sys, threading, time, warnings
-from pathlib import Path
-import torch, transformers, hybrimoe
-
-warnings.simplefilter("ignore")
-transformers.utils.logging.set_verbosity_error()
-transformers.utils.logging.disable_progress_bar()
-
-def anonymous():
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) * 1024
-
 hybrimoe.from_pretrained(sys.argv[1], gguf_file="Q8_0.gguf")  # compiles, which takes memory
 found = hybrimoe.plan(sys.argv[2], gguf_file="model.gguf", context=64)
-before, samples, done = anonymous(), [], threading.Event()
-
-def sample():
-    while not done.is_set():
-        samples.append(anonymous())
-        time.sleep(0.001)
-
-sampler = threading.Thread(target=sample)
-sampler.start()
-model = hybrimoe.from_pretrained(sys.argv[2], gguf_file="model.gguf")
-done.set()
-sampler.join()
-print(json.dumps({"peak": max(samples) - before, "plan": found.load_peak_bytes}))
+with Peak() as peak:
+    model = hybrimoe.from_pretrained(sys.argv[2], gguf_file="model.gguf")
+print(json.dumps({"peak": peak.last, "plan": found.load_peak_bytes}))
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is read from /proc")
+@processes.needs_proc
 def test_the_peak_of_the_load_is_foreseen(tiny, tmp_path):
     config = Qwen3MoeConfig(
         num_hidden_layers=6, hidden_size=512, moe_intermediate_size=512, num_experts=64,
@@ -243,10 +219,7 @@ def test_the_peak_of_the_load_is_foreseen(tiny, tmp_path):
     gguf_files.write(tmp_path / "model.gguf", model, "random", "Q8_0")
     del model
     config.save_pretrained(tmp_path)
-    command = [sys.executable, "-c", PEAK, str(tiny), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    used = json.loads(done.stdout.splitlines()[-1])
+    used = processes.run(PEAK, tiny, tmp_path)
 
     assert 0.98 * used["peak"] <= used["plan"] <= 1.05 * used["peak"]
 
