@@ -157,8 +157,7 @@ class Runtime:
     def foresee(self, model: nn.Module) -> None:
         """From now on, routers are asked early for what to read from the disk."""
         seats = seats_of(model, [layer.name for layer in self.layers])
-        experts = max(len(layer.packed.blobs) for layer in self.layers)
-        self.pool.foresight = Foresight(seats, experts)
+        self.pool.foresight = Foresight(seats, [layer.packed.experts for layer in self.layers])
 
     def guard(self, model: nn.Module) -> None:
         """Refuse from now on what would break the experts."""

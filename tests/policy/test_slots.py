@@ -38,7 +38,12 @@ def test_the_layers_that_lack_an_expert_are_found(seed: int) -> None:
     slot = rng.integers(-1, 30, (6, 5)).astype(np.int32)
     first, end = sorted(rng.integers(0, 7, 2).tolist())
 
-    assert lacks_any(slot, first, end) == (slot[first:end] < 0).any()
+    sizes = rng.integers(1, 6, 6)
+    for layer, size in enumerate(sizes):
+        slot[layer, size:] = -1  # what a layer does not have, it does not lack
+    lacking = [(row[:size] < 0).any() for row, size in zip(slot[first:end], sizes[first:end])]
+
+    assert lacks_any(slot, sizes, first, end) == any(lacking)
 
 
 @examples(50)

@@ -12,6 +12,7 @@ from hybrimoe.errors import ConfigError, PolicyError
 from hybrimoe.policy.following import most_wanted
 from hybrimoe.policy.ranking import Books, Ranking, Static
 from hybrimoe.policy.routing import Load
+from hybrimoe.policy.sizes import expert_counts
 from hybrimoe.policy.slots import (
     claim,
     claim_copies,
@@ -44,7 +45,8 @@ class Move(NamedTuple):
 class Cache:
     """The slot table: which expert of which layer is in which slot, and who may take it.
 
-    slots: experts that fit. floor: slots that no other layer may take from a layer, in model scope.
+    experts: how many a layer has, or [L] where layers differ; E is the most of any layer, and what a
+        layer lacks of that never has a slot. slots: experts that fit. floor: slots that no other layer may take from a layer, in model scope.
     frequency: [L, E] how often each expert was used before, for quotas by frequency.
     staging: further slots, behind the others, for experts that pass through without staying.
     """
@@ -54,17 +56,18 @@ class Cache:
         ranking: Ranking,
         slots: int,
         layers: int,
-        experts: int,
+        experts: int | Array,
         top_k: int = 1,
         *,
         floor: int | None = None,
         frequency: Array | None = None,
         staging: int = 2,
     ) -> None:
-        _check(slots, layers, experts, top_k, staging)
+        self.sizes = expert_counts(layers, experts)  # [L] experts of each layer
         self.ranking, self.staging = ranking, staging
-        self.layers, self.experts = layers, experts
-        self.books = Books(layers, experts, top_k)
+        self.layers, self.experts = layers, int(self.sizes.max())
+        _check(slots, self.experts, top_k, staging)
+        self.books = Books(layers, self.sizes, top_k)
         self.generation: Array = np.zeros(0, np.int64)
         self._least = floor
         self._by_layer = ranking.scope == "layer"
@@ -76,7 +79,7 @@ class Cache:
     def _lay_out(self, slots: int, frequency: Array | None) -> None:
         """An empty table of so many slots; stamps go on from where they were."""
         layers, experts = self.layers, self.experts
-        self.slots = min(slots, layers * experts)
+        self.slots = min(slots, int(self.sizes.sum()))
         total, newest = self.slots + self.staging, int(self.generation.max(initial=-1))
         self.slot: Array = np.full((layers, experts), -1, np.int32)
         self.owner: Array = np.full((self.slots, 2), -1, np.int32)
@@ -91,13 +94,13 @@ class Cache:
         ranking, share = self.ranking, self.slots // self.layers
         kept = 0 if ranking.frozen else int(FLOOR * share)
         self.floor = max(min(self.books.top_k, share), kept) if self._least is None else self._least
-        self.quota = _equal(self.slots, self.layers, self.experts)
+        self.quota = _equal(self.slots, self.sizes)
         if ranking.shares == "frequency" and frequency is not None:
-            self.quota = quotas(frequency, self.slots)
+            self.quota = quotas(frequency, self.slots, self.sizes)
 
     def rank_by(self, ranking: Ranking) -> None:
         """From now on another ranking decides, with new books; who is resident stays."""
-        self.ranking, self.books = ranking, Books(self.layers, self.experts, self.books.top_k)
+        self.ranking, self.books = ranking, Books(self.layers, self.sizes, self.books.top_k)
         self._by_layer = ranking.scope == "layer"
         self._within = self._by_layer or self.crowded
         self._share_out(None)
@@ -109,7 +112,7 @@ class Cache:
 
     def lacks(self, first: int, end: int) -> bool:
         """Whether any expert of the layers from `first` to before `end` has no slot."""
-        return bool(lacks_any(self.slot, first, min(end, self.layers)))
+        return bool(lacks_any(self.slot, self.sizes, first, min(end, self.layers)))
 
     def ready(self, layer: int, experts: Array, now: float = 0.0) -> Array:
         """[A] seconds from now until each expert is on the GPU: 0 resident, inf absent."""
@@ -124,7 +127,7 @@ class Cache:
         experts before it comes back: until the next load, slots do not move between layers.
         """
         books = self.books
-        self.crowded = 2 * load.experts.size > self.experts
+        self.crowded = 2 * load.experts.size > self.sizes.item(load.layer)
         self._within = self._by_layer or self.crowded
         books.tick += 1
         note(
@@ -199,7 +202,7 @@ class Cache:
         if self.ranking.frozen:
             return None
         worth = self.ranking.worth(self.books)
-        table = (self.slot, self.owner, self.references, self.arrival)
+        table = (self.slot, self.sizes, self.owner, self.references, self.arrival)
         where, expert = most_wanted(worth, *table, layer, window, now)
         return None if where < 0 else self.admit(where, expert, None, now)
 
@@ -280,7 +283,7 @@ class Cache:
         What was observed is kept. Every stamp is newer than those before, so that a copy ordered
         earlier is known to be stale. Returns what to copy.
         """
-        _check(slots, self.layers, self.experts, self.books.top_k, self.staging)
+        _check(slots, self.experts, self.books.top_k, self.staging)
         worth = np.asarray(self.ranking.worth(self.books), np.float64)
         self._lay_out(slots, self.books.count if self.books.tick else None)
         return self.fill(worth)
@@ -300,13 +303,15 @@ class Cache:
         return moves
 
 
-def quotas(frequency: Array, slots: int) -> Array:
+def quotas(frequency: Array, slots: int, sizes: Array | None = None) -> Array:
     """[L] slots per layer that hit most often if each layer keeps its most frequent experts.
 
     This is AdapMoE's dynamic programme: a layer's gain from one more slot only falls, so taking the
-    largest gain each time is the optimum.
+    largest gain each time is the optimum. sizes: [L] experts of each layer, None for all E.
     """
     gains = -np.sort(-frequency / np.maximum(frequency.sum(axis=1, keepdims=True), 1e-300), axis=1)
+    if sizes is not None:
+        gains[np.arange(gains.shape[1]) >= sizes[:, None]] = -np.inf
     best = np.argsort(-gains, axis=None, kind="stable")[:slots]
     return np.bincount(best // frequency.shape[1], minlength=frequency.shape[0]).astype(np.int32)
 
@@ -315,14 +320,17 @@ def _kept(keep: Array | list[int] | None) -> Array:
     return np.zeros(0, np.int32) if keep is None else np.asarray(keep, np.int32)
 
 
-def _equal(slots: int, layers: int, experts: int) -> Array:
-    share = np.full(layers, slots // layers, np.int32)
-    share[: slots % layers] += 1
-    return np.minimum(share, experts).astype(np.int32)
+def _equal(slots: int, sizes: Array) -> Array:
+    """[L] slots dealt out evenly; what a layer has no experts for goes to the others."""
+    share: Array = np.zeros(sizes.size, np.int32)
+    while left := min(slots, int(sizes.sum())) - int(share.sum()):
+        lacking = np.flatnonzero(share < sizes)[:left]
+        share[lacking] += np.minimum(left // lacking.size, (sizes - share)[lacking])
+    return share
 
 
 def _whole_layers(cache: Cache) -> list[tuple[int, int]]:
-    pairs = [(layer, e) for layer in range(cache.layers) for e in range(cache.experts)]
+    pairs = [(layer, e) for layer, size in enumerate(cache.sizes.tolist()) for e in range(size)]
     return pairs[: cache.slots]
 
 
@@ -332,9 +340,11 @@ def _most_frequent(cache: Cache, frequency: Array) -> list[tuple[int, int]]:
     Where slots move between layers later, layers start alike: long prompts come first, and for them
     a layer with few experts on the GPU costs more than another one saves.
     """
+    exists = np.arange(cache.experts) < cache.sizes[:, None]
+    frequency = np.where(exists, frequency, -np.inf)
     order = np.argsort(-frequency, axis=1, kind="stable")
     alike = cache.ranking.scope == "layer" or not cache.ranking.frozen
-    least = cache.quota if alike else np.full(cache.layers, cache.floor)
+    least = cache.quota if alike else np.minimum(cache.floor, cache.sizes)
     wanted = [
         (layer, int(e)) for layer in range(cache.layers) for e in order[layer, : least[layer]]
     ]
@@ -342,13 +352,11 @@ def _most_frequent(cache: Cache, frequency: Array) -> list[tuple[int, int]]:
         taken = set(wanted)
         best = np.argsort(-frequency, axis=None, kind="stable")
         pairs = [divmod(int(i), cache.experts) for i in best]
-        wanted += [pair for pair in pairs if pair not in taken]
+        wanted += [pair for pair in pairs if exists[pair] and pair not in taken]
     return wanted[: cache.slots]
 
 
-def _check(slots: int, layers: int, experts: int, top_k: int, staging: int) -> None:
-    if layers < 1 or experts < 1:
-        raise ConfigError(f"layers and experts must be positive, got {layers} and {experts}")
+def _check(slots: int, experts: int, top_k: int, staging: int) -> None:
     if slots < 0 or staging < 0:
         raise ConfigError(f"slots and staging must be at least 0, got {slots} and {staging}")
     if not 1 <= top_k <= experts:

@@ -171,19 +171,20 @@ class CheckedPrefetcher(Prefetcher):
         mine = (_copy_cache(cache), scheduler, timeline.fork(), cost)
         layers = [forecast.layer for forecast in forecasts]
         return _ask(
-            self, lambda: self._sound(self.policy.wanted(seen, *mine), layers, cache.experts)
+            self, lambda: self._sound(self.policy.wanted(seen, *mine), layers, cache.sizes)
         )
 
     def _sound(
-        self, wanted: list[tuple[int, int]], layers: list[int], experts: int
+        self, wanted: list[tuple[int, int]], layers: list[int], sizes: Array
     ) -> list[tuple[int, int]]:
         """A copy of a list of different experts of the forecast layers."""
         if not isinstance(wanted, list | tuple):
             _blame(self, f"wanted must return a list of (layer, expert), got {_show(wanted)}")
         pairs = [self._pair(item) for item in wanted]
         for layer, expert in pairs:
-            if layer not in layers or not 0 <= expert < experts:
-                rule = f"wanted must name layers of {layers} and experts in [0, {experts})"
+            if layer not in layers or not 0 <= expert < sizes[layer]:
+                most = sizes[layer if layer in layers else layers].max()
+                rule = f"wanted must name layers of {layers} and experts in [0, {most})"
                 _blame(self, f"{rule}, got layer {layer}, expert {expert}")
         if len(set(pairs)) < len(pairs):
             _blame(self, f"wanted must name an expert once, got {_show(pairs)}")

@@ -28,6 +28,10 @@ VERSION = 1
 # Places in CostModel.vector, the form in which compiled planners read a cost model.
 FIRST, EXPERT, TOKEN, EXPERT_CONTENDED, READ, GPU_TOKEN, LAUNCH = 0, 1, 2, 3, 4, 5, 6
 LATENCY, LOAD, LOAD_CONTENDED, SHARDS = 7, 8, 9, 10
+READING = ("cpu_expert", "cpu_expert_contended", "gpu_read")
+"""Seconds that grow with the bytes of an expert."""
+ARITHMETIC = ("cpu_token", "gpu_token")
+"""Seconds that grow with its multiply-adds."""
 MAY_BE_ZERO = {
     "cpu_first",
     "cpu_token",
@@ -57,6 +61,8 @@ class CostModel:
     dense_read, dense_token, dense_launch: all other work of a layer on the GPU, same law.
     plan_s, forecast_s: host seconds for planning a layer, and for each layer that it looks ahead.
     source: for people, where the numbers come from.
+    layers: the models of the layers' own experts where they differ, and this one is the largest's;
+        empty where all layers are alike. Not kept in files.
     Derived: load_s, one expert over the link; contention_s, what that adds to CPU work beside it.
     """
 
@@ -79,6 +85,7 @@ class CostModel:
     plan_s: float = 0.0
     forecast_s: float = 0.0
     source: str = field(default="", compare=False)
+    layers: tuple["CostModel", ...] = field(default=(), repr=False, compare=False)
     vector: Array = field(init=False, repr=False, compare=False)
     load_s: float = field(init=False, repr=False, compare=False)
     contention_s: float = field(init=False, repr=False, compare=False)
@@ -90,6 +97,22 @@ class CostModel:
         object.__setattr__(self, "vector", self._vector())
         object.__setattr__(self, "load_s", self.link(self.expert_bytes))
         object.__setattr__(self, "contention_s", self.load_s * slower)
+
+    def of(self, layer: int) -> "CostModel":
+        """What an expert of this layer costs."""
+        return self.layers[layer] if self.layers else self
+
+    def scaled(self, size: int, shards: int, arithmetic: float) -> "CostModel":
+        """The model of an expert of `size` bytes and so many shards on the same machine.
+
+        arithmetic: its multiply-adds per token, as a share of this expert's.
+        """
+        reading = size / self.expert_bytes
+        read = {name: getattr(self, name) * reading for name in READING}
+        tokens = {name: getattr(self, name) * arithmetic for name in ARITHMETIC}
+        return dataclasses.replace(
+            self, expert_bytes=size, shards=shards, layers=(), **read, **tokens
+        )
 
     def cpu(self, tokens: int, first: bool = True, contended: bool = False) -> float:
         """Seconds for one expert on the CPU."""
@@ -113,16 +136,21 @@ class CostModel:
         """This model moved towards measured spans: each lane is scaled by what it was wrong by.
 
         That is the median over its spans, which an interruption leaves alone. weight: 0 keeps the
-        model, 1 believes the spans.
+        model, 1 believes the spans. Layers of their own cost are scaled alike.
         """
         errors: dict[Lane, list[float]] = {Lane.CPU: [], Lane.GPU: [], Lane.LINK: []}
         for span in spans:
             if span.seconds > 0 and span.lane is not Lane.POLICY:
-                predicted = _predict(self, span)
+                predicted = _predict(self.of(span.layer), span)
                 if predicted > 0:
                     errors[span.lane].append(span.seconds / predicted)
         factor = {lane: statistics.median(e) ** weight for lane, e in errors.items() if e}
         cpu, gpu, link = (factor.get(lane, 1.0) for lane in (Lane.CPU, Lane.GPU, Lane.LINK))
+        layers = tuple(layer._moved(cpu, gpu, link) for layer in self.layers)
+        return dataclasses.replace(self._moved(cpu, gpu, link), layers=layers)
+
+    def _moved(self, cpu: float, gpu: float, link: float) -> "CostModel":
+        """This model with the seconds of each lane times a factor."""
         scaled = {name: getattr(self, name) * cpu for name in _names("cpu_")}
         scaled |= {name: getattr(self, name) * gpu for name in _names("gpu_")}
         scaled |= {name: getattr(self, name) / link for name in _names("link_bandwidth")}
@@ -184,7 +212,8 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def _fields() -> list["dataclasses.Field[Any]"]:
-    return [item for item in dataclasses.fields(CostModel) if item.init]
+    """All that a file holds."""
+    return [f for f in dataclasses.fields(CostModel) if f.init and f.name != "layers"]
 
 
 def _names(prefix: str) -> list[str]:

@@ -57,6 +57,7 @@ class Policies:
 class Engine:
     """Takes one layer after another through its policies and an executor.
 
+    cost: of the model's experts; `cost.of(layer)` is what plans of a layer are made and checked by.
     forecaster: makes the forecasts of layers for which the caller has none.
     fallback: whose policy takes over from one that fails; without it a failure is an error.
     piece_s: background copies go in runs of shards of about this long, so that a copy the next
@@ -88,8 +89,8 @@ class Engine:
         self.hits = self.misses = self.late = 0
         self.prefetched = self.prefetches_used = 0
         self._unused: dict[int, int] = {}  # slot and stamp of prefetched experts not yet asked for
-        shard_s = cost.link(cost.expert_bytes) / cost.shards
-        self.piece = min(max(round(piece_s / shard_s), 1), cost.shards)
+        # Shards of one layer say nothing of another's.
+        self.pieces = [_piece(cost.of(layer), piece_s) for layer in range(cache.layers)]
         self.backlog = backlog
         self._pending: list[Move] = []  # slots claimed in the background, and what they still lack
         self._period = 0.0  # seconds from one layer's start to the next, as last seen
@@ -97,7 +98,9 @@ class Engine:
         self._spare = 0.0  # seconds that the link is idle per layer, of late
         self._gap = 0.0  # seconds from the end of a layer's experts to the start of the next one's
         self._ended = 0.0
-        self._half_piece_s = self.piece * shard_s / 2
+        self._half_piece_s = max(
+            piece * _shard_s(cost.of(layer)) / 2 for layer, piece in enumerate(self.pieces)
+        )
 
     def step(self, load: Load, forecasts: Sequence[Forecast] = ()) -> Plan:
         """Run one layer that starts at `timeline.now`."""
@@ -156,7 +159,7 @@ class Engine:
         return plan
 
     def _plan(self, load: Load, ready: Array) -> Plan:
-        scheduler, cost = self.policies.scheduler, self.cost
+        scheduler, cost = self.policies.scheduler, self.cost.of(load.layer)
         try:
             plan = scheduler.plan(load, ready, self.timeline, cost)
         except PolicyError as error:
@@ -204,8 +207,8 @@ class Engine:
 
     def _place(self, load: Load, plan: Plan) -> list[Move]:
         """A slot for each expert the plan copies: one that stays, or one to pass through."""
-        cache, shards, layer, now = self.cache, self.cost.shards, load.layer, self.timeline.now
-        pending = self._pending
+        cache, layer, now, pending = self.cache, load.layer, self.timeline.now, self._pending
+        shards = self.cost.of(layer).shards
         # A slot that waits for its rest serves nobody.
         least = shards if len(pending) >= self.backlog else 0
         wanted = (load, plan.copies, plan.shards, shards, now, least)
@@ -266,14 +269,15 @@ class Engine:
 
     def _send(self, idle: float) -> None:
         """Copy what is pending, piece by piece, as far as it starts before `idle` ends."""
-        pending, timeline, shards = self._pending, self.timeline, self.cost.shards
+        pending, timeline = self._pending, self.timeline
         while pending and timeline.free.item(LINK) < idle:
             move = pending[0]
             layer, expert, slot, generation, first, _, victim = move
             if self.cache.generation[slot] != generation:
                 pending.pop(0)  # the slot was given up meanwhile
                 continue
-            last = min(first + self.piece, shards)
+            shards = self.cost.of(layer).shards
+            last = min(first + self.pieces[layer], shards)
             piece = Move(layer, expert, slot, generation, first, last, victim)
             arrival = self.executor.copy(piece, timeline)
             if last == shards:
@@ -294,7 +298,7 @@ class Engine:
         copy would hold up the prefetches of the next layer.
         """
         cache, timeline = self.cache, self.timeline
-        while self._left(idle) >= self.cost.load_s:
+        while self._left(idle) >= self.cost.load_s:  # of the largest: any layer's may be the best
             if cache.crowded:
                 moves = cache.admit_each(load.layer, plan.cpu, load.experts, timeline.now, 1)
                 move = moves[0] if moves else None
@@ -307,15 +311,19 @@ class Engine:
     def _prefetch(self, seen: Sequence[Forecast], idle: float) -> None:
         timeline, cache, policies = self.timeline, self.cache, self.policies
         prefetcher, first, left = policies.prefetcher, seen[0].layer, self._left(idle)
-        needed = self.cost.load_s if prefetcher.timely else 0.0
-        if left + (seen[-1].layer - first) * self._spare < needed:
+
+        def in_time(layer: int, left: float) -> bool:
+            needed = self.cost.of(layer).load_s if prefetcher.timely else 0.0
+            return left + (layer - first) * self._spare >= needed
+
+        if not any(in_time(forecast.layer, left) for forecast in seen):
             return
         told, ahead = self._trusted(seen, idle), timeline.fork()
         ahead.now = told[0].start
-        told = [f for f in told if left + (f.layer - first) * self._spare >= needed]
+        told = [forecast for forecast in told if in_time(forecast.layer, left)]
         wanted = prefetcher.wanted(told, cache, policies.scheduler, ahead, self.cost)
         for layer, expert in wanted:
-            if self._left(idle) + (layer - first) * self._spare < needed:
+            if not in_time(layer, self._left(idle)):
                 continue
             keep = next(f.experts for f in told if f.layer == layer)
             move = cache.admit(layer, expert, keep, timeline.now, force=True)
@@ -353,6 +361,15 @@ class Engine:
             )
             for d, forecast in enumerate(seen)
         ]
+
+
+def _shard_s(cost: CostModel) -> float:
+    return cost.link(cost.expert_bytes) / cost.shards
+
+
+def _piece(cost: CostModel, piece_s: float) -> int:
+    """Shards of a copy that takes about so many seconds."""
+    return min(max(round(piece_s / _shard_s(cost)), 1), cost.shards)
 
 
 def _checked(policies: Policies) -> Policies:

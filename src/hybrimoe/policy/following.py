@@ -8,20 +8,27 @@ from hybrimoe.policy.timeline import Array
 
 @compiled
 def follow(
-    follows: Array, seen: Array, layer: int, experts: Array, tokens: Array, top_k: int, rate: float
+    follows: Array,
+    seen: Array,
+    layer: int,
+    size: int,
+    experts: Array,
+    tokens: Array,
+    top_k: int,
+    rate: float,
 ) -> None:
     """Move the rows of the experts `seen` before towards what is activated now.
 
     follows [L, E, E]: share of the tokens that used expert f right after a step that used e.
-    seen [L, E]: 1 for the experts of the step before, which then are replaced. A load of most
-    experts of the layer, as prefill's, neither learns nor is learnt from.
+    seen [L, E]: 1 for the experts of the step before, which then are replaced. size: the layer's
+    experts; a load of most of them, as prefill's, neither learns nor is learnt from.
     """
     before, table = seen[layer], follows[layer]
     total = 0
     for n in tokens:
         total += n
     rows = max(total / top_k, 1.0)
-    if 2 * experts.size <= before.size:
+    if 2 * experts.size <= size:
         for e in range(before.size):
             if before[e] > 0:
                 for f in range(before.size):
@@ -29,7 +36,7 @@ def follow(
                 for i in range(experts.size):
                     table[e, experts[i]] += rate * min(tokens[i] / rows, 1.0)
     before[:] = 0
-    if 2 * experts.size <= before.size:
+    if 2 * experts.size <= size:
         for e in experts:
             before[e] = 1
 
@@ -79,6 +86,7 @@ def by_worth(
 def most_wanted(
     worth: Array,
     slot: Array,
+    sizes: Array,
     owner: Array,
     references: Array,
     arrival: Array,
@@ -88,7 +96,7 @@ def most_wanted(
 ) -> tuple[int, int]:
     """(layer, expert) of the swap within a layer that gains most worth, (-1, -1) for none.
 
-    Looks at `layer` and the `window` - 1 layers that ran before it; slots in use or on the wire
+    sizes [L]: experts of each layer. Looks at `layer` and the `window` - 1 layers that ran before it; slots in use or on the wire
     cannot be swapped.
     """
     layers = worth.shape[0]
@@ -102,7 +110,7 @@ def most_wanted(
         held = (layer - back) % layers
         if least[held] == np.inf:
             continue
-        for e in range(worth.shape[1]):
+        for e in range(sizes[held]):
             if slot[held, e] < 0 and worth[held, e] - least[held] > best:
                 best, where, expert = worth[held, e] - least[held], held, e
     return where, expert

@@ -7,10 +7,12 @@ import numpy as np
 from hybrimoe.errors import ConfigError
 from hybrimoe.policy.jit import compiled
 from hybrimoe.policy.routing import Forecast, Load
+from hybrimoe.policy.sizes import expert_counts
 from hybrimoe.policy.timeline import Array
 
 CAP = 0.95  # no forecast is surer than this
 TRUST = 0.02  # weight of the newest forecast in how far forecasts are believed
+NO_EXPERTS: Array = np.zeros(0, np.int32)
 
 
 class Markov:
@@ -20,6 +22,7 @@ class Markov:
     token) are learnt as moving averages. A forecast averages their square roots, which recalls more
     than averaging them or their log-odds: the activated experts are far from independent.
 
+    experts: how many a layer has, or [L] where layers differ.
     depth: layers to look ahead. rate: weight of the newest token in the tables.
     width: experts in one forecast, None for those activated by one token.
     across: weight of the earlier layers' experts, the rest is the previous token's.
@@ -28,7 +31,7 @@ class Markov:
     def __init__(
         self,
         layers: int,
-        experts: int,
+        experts: int | Array,
         top_k: int,
         *,
         depth: int = 1,
@@ -38,14 +41,16 @@ class Markov:
     ) -> None:
         if depth < 1 or not 0 < rate <= 1:
             raise ConfigError(f"depth must be positive and rate in (0, 1], got {depth}, {rate}")
-        self.layers, self.experts, self.top_k, self.depth = layers, experts, top_k, depth
-        self.rate, self.width, self.across = rate, min(width or top_k, experts), across
-        start = top_k / experts
-        self.ahead: Array = np.full((depth, layers, experts, experts), start, np.float32)
-        self.again: Array = np.full((layers, experts, experts), start, np.float32)
-        self.seen: Array = np.zeros((layers, experts), np.int32)  # of the latest step
+        self.sizes = expert_counts(layers, experts)
+        most = int(self.sizes.max())
+        self.layers, self.experts, self.top_k, self.depth = layers, most, top_k, depth
+        self.rate, self.width, self.across = rate, min(width or top_k, most), across
+        start = (top_k / self.sizes)[:, None, None]
+        self.ahead: Array = np.full((depth, layers, most, most), start, np.float32)
+        self.again: Array = np.full((layers, most, most), start, np.float32)
+        self.seen: Array = np.zeros((layers, most), np.int32)  # of the latest step
         self._single: Array = np.ones(self.width, np.int32)  # tokens of every forecast
-        self._score: Array = np.empty(experts)
+        self._score: Array = np.empty(most)
 
     def observe(self, load: Load) -> None:
         """Learn from one layer; layers come in order."""
@@ -56,12 +61,14 @@ class Markov:
         found = []
         for d in range(min(self.depth, self.layers - 1 - layer)):
             target = layer + 1 + d
-            experts, probability = np.empty(self.width, np.int32), np.empty(self.width)
+            size = self.sizes.item(target)
+            width = min(self.width, size)
+            experts, probability = np.empty(width, np.int32), np.empty(width)
             _forecast(
-                *(self.ahead, self.again, self.seen, d, layer, self.across, self.top_k),
-                *(self._score, experts, probability),
+                *(self.ahead, self.again, self.seen, d, layer, self.across, min(self.top_k, size)),
+                *(self._score[:size], experts, probability),
             )
-            found.append(Forecast(target, experts, self._single, probability))
+            found.append(Forecast(target, experts, self._single[:width], probability))
         return found
 
 
@@ -74,26 +81,36 @@ class Trust:
     def __init__(self, depth: int) -> None:
         self.expected: Array = np.full(depth, 1e-3)
         self.found: Array = np.full(depth, 1e-3)
-        self._pending: dict[int, list[tuple[int, Forecast]]] = {}
+        self._pending: dict[int, dict[int, Forecast]] = {}  # by target, by layers ahead
 
     def expect(self, layer: int, forecasts: Sequence[Forecast]) -> None:
-        """Remember what was forecast at `layer` until its target runs."""
+        """Remember what was forecast at `layer` until its target runs.
+
+        A target that has not run since the last time, as a layer of vision experts does not while
+        text is written, has asked for nothing.
+        """
         for forecast in forecasts:
-            ahead = forecast.layer - layer - 1
-            self._pending.setdefault(forecast.layer, []).append((ahead, forecast))
+            ahead, pending = forecast.layer - layer - 1, self._pending
+            missed = pending.setdefault(forecast.layer, {}).pop(ahead, None)
+            if missed is not None:
+                self._compare(ahead, missed, NO_EXPERTS)
+            pending[forecast.layer][ahead] = forecast
 
     def settle(self, load: Load) -> None:
         """Compare with what a layer really asked for."""
-        for ahead, forecast in self._pending.pop(load.layer, ()):
-            if ahead < self.found.size:
-                _settle(
-                    *(self.expected, self.found, ahead),
-                    *(forecast.experts, forecast.probability, load.experts),
-                )
+        for ahead, forecast in self._pending.pop(load.layer, {}).items():
+            self._compare(ahead, forecast, load.experts)
 
     def factor(self, ahead: int) -> float:
         """What to multiply a probability by, `ahead` + 1 layers before its target."""
         return float(self.found.item(ahead) / self.expected.item(ahead))
+
+    def _compare(self, ahead: int, forecast: Forecast, experts: Array) -> None:
+        if ahead < self.found.size:
+            _settle(
+                *(self.expected, self.found, ahead),
+                *(forecast.experts, forecast.probability, experts),
+            )
 
 
 @compiled
@@ -132,12 +149,15 @@ def _forecast(
     experts: Array,
     probability: Array,
 ) -> None:
-    """Fill experts [W] and probability [W]: what layer + 1 + d will use, the most probable first."""
+    """Fill experts [W] and probability [W]: what layer + 1 + d will use, the most probable first.
+
+    score: as long as that layer has experts.
+    """
     target, count = layer + 1 + d, score.size
     here, before = seen[layer], seen[target]
     score[:] = 0.0
     near, late = max(here.sum(), 1), max(before.sum(), 1)
-    for e in range(count):
+    for e in range(here.size):
         if here[e] > 0:
             for f in range(count):
                 score[f] += across / near * np.sqrt(ahead[d, target, e, f])

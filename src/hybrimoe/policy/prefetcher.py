@@ -50,7 +50,10 @@ class Prefetcher(ABC):
         timeline: Timeline,
         cost: CostModel,
     ) -> list[tuple[int, int]]:
-        """(layer, expert) of absent experts, best first; `timeline.now` starts the next layer."""
+        """(layer, expert) of absent experts, best first; `timeline.now` starts the next layer.
+
+        cost: `cost.of(layer)` is a layer's own.
+        """
 
 
 @dataclass(frozen=True)
@@ -118,17 +121,19 @@ class Impact(Prefetcher):
         cost: CostModel,
     ) -> list[tuple[int, int]]:
         found: list[tuple[float, int, int]] = []
-        landed = max(timeline.free.item(LINK), timeline.now) + cost.load_s
+        idle = max(timeline.free.item(LINK), timeline.now)
         then = Timeline()
         for forecast in forecasts:
             layer, experts = forecast.layer, forecast.experts
+            own = cost.of(layer)
+            landed = idle + own.load_s
             then.now = start = max(forecast.start, timeline.now)
             ready = cache.ready(layer, experts, start)
             if not has_absent(ready):
                 continue
             load = Load(layer, experts, forecast.tokens, NO_SCORES)
-            gains = scheduler.gains(load, ready, then, cost, max(landed - start, 0.0))
-            value = self._value(forecast, gains, ready, cache, timeline, cost)
+            gains = scheduler.gains(load, ready, then, own, max(landed - start, 0.0))
+            value = self._value(forecast, gains, ready, cache, timeline, own)
             found += [(-v, layer, e) for v, e in zip(value.tolist(), experts.tolist()) if v > 0]
         found.sort(key=FIRST)  # the order of equals stays: the nearer layer, the more probable
         return [(layer, expert) for _, layer, expert in found]

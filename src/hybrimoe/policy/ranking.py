@@ -8,6 +8,7 @@ import numpy as np
 from hybrimoe.errors import ConfigError, PolicyError
 from hybrimoe.policy.following import blend, follow
 from hybrimoe.policy.routing import Load, RoutingTrace
+from hybrimoe.policy.sizes import expert_counts
 from hybrimoe.policy.slots import top_p_update
 from hybrimoe.policy.timeline import Array
 
@@ -18,21 +19,26 @@ SHARES = ("equal", "frequency")
 class Books:
     """What has been observed, per layer and expert: plain arrays that rankings read.
 
+    experts: how many a layer has, or [L] where layers differ. E is then the most of any layer, and
+    what a layer lacks of that keeps its place in all arrays, but is never used.
     count [L, E] tokens seen. last, previous [L, E] the ticks of the two latest uses, -1 for never.
     rate [L, E] share of recent steps that used the expert. score [L, E] belongs to the ranking.
     steps [L] loads observed; tick counts them over all layers.
     recent [L, E], follows [L, E, E] and seen [L, E] are there for rankings that ask for them.
     """
 
-    def __init__(self, layers: int, experts: int, top_k: int) -> None:
-        shape = (layers, experts)
+    def __init__(self, layers: int, experts: int | Array, top_k: int) -> None:
+        self.sizes = expert_counts(layers, experts)  # [L] experts of each layer
+        shape = (layers, int(self.sizes.max()))
         self.top_k = top_k
         self.tick = 0
         self.steps: Array = np.zeros(layers, np.int64)
         self.count: Array = np.zeros(shape)
         self.last: Array = np.full(shape, -1.0)
         self.previous: Array = np.full(shape, -1.0)
-        self.rate: Array = np.full(shape, min(top_k / experts, 1.0))
+        self.rate: Array = np.zeros(shape)
+        for layer, count in enumerate(self.sizes.tolist()):
+            self.rate[layer, :count] = min(top_k / count, 1.0)
         self.score: Array = np.zeros(shape)
         self.recent: Array = np.zeros((0, 0))
         self.follows: Array = np.zeros((0, 0, 0), np.float32)
@@ -42,8 +48,9 @@ class Books:
         """Make room for what follows what, once: no expert is likelier than another to begin with."""
         layers, experts = self.score.shape
         self.recent = np.zeros_like(self.score)
-        start = min(self.top_k / experts, 1.0)
-        self.follows = np.full((layers, experts, experts), start, np.float32)
+        self.follows = np.zeros((layers, experts, experts), np.float32)
+        for layer, count in enumerate(self.sizes.tolist()):
+            self.follows[layer, :, :count] = min(self.top_k / count, 1.0)
         self.seen = np.zeros((layers, experts), np.int8)
 
 
@@ -134,7 +141,8 @@ class NextToken(Ranking):
         kept = 2 * books.top_k if self.p is None else self.p
         layer, experts, tokens, top_k = load.layer, load.experts, load.tokens, books.top_k
         top_p_update(books.recent, layer, load.scores, tokens, top_k, kept, self.alpha)
-        follow(books.follows, books.seen, layer, experts, tokens, top_k, self.rate)
+        size = books.sizes.item(layer)
+        follow(books.follows, books.seen, layer, size, experts, tokens, top_k, self.rate)
         blend(books.score, books.recent, books.follows, layer, experts, tokens, float(self.weight))
 
     def worth(self, books: Books) -> Array:

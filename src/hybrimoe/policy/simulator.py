@@ -90,7 +90,8 @@ class SimExecutor:
     def run(
         self, load: Load, plan: Plan, ready: Array, moves: list[Move], timeline: Timeline
     ) -> None:
-        vector, now = self.cost.vector, timeline.now
+        cost, now = self.cost.of(load.layer), timeline.now
+        vector = cost.vector
         link, before = timeline.free[LINK], timeline.free[GPU]
         gpu, link_end, start, alone, contended = _execute(
             load.tokens, ready, plan.shards, timeline.free, now, vector
@@ -101,16 +102,16 @@ class SimExecutor:
         if moves:
             shards = sum(move.last - move.first for move in moves)
             self.uploads += len(moves)
-            self.link_bytes += self.cost.expert_bytes * shards // self.cost.shards
+            self.link_bytes += cost.expert_bytes * shards // cost.shards
             self.busy[LINK] += link_end - max(link, now)
             timeline.free[LINK] = link_end
         timeline.free[GPU] = gpu
         if timeline.spans is not None:
             lanes = max(before, now), max(link, now)
-            timeline.spans += draw(load, plan, ready, now, lanes, self.cost, alone > 0.0)
+            timeline.spans += draw(load, plan, ready, now, lanes, cost, alone > 0.0)
 
     def copy(self, move: Move, timeline: Timeline) -> float:
-        cost = self.cost
+        cost = self.cost.of(move.layer)
         part = (cost.shards if move.last < 0 else move.last) - move.first
         size = cost.expert_bytes * part // cost.shards
         seconds = cost.link(size, contended=self._cpu[1] > 0.0)
@@ -126,11 +127,12 @@ class SimExecutor:
         start, alone, contended = self._cpu
         end = self._end
         if alone > 0.0:
+            cost = self.cost.of(self._load.layer)
             done = cpu_end(start, alone, contended, float(timeline.free[LINK]))
-            self.busy[CPU] += done - start + self.cost.cpu_first
+            self.busy[CPU] += done - start + cost.cpu_first
             if timeline.spans is not None:
-                first = start - self.cost.cpu_first
-                timeline.spans += draw_cpu(self._load, self._plan, first, done, self.cost)
+                first = start - cost.cpu_first
+                timeline.spans += draw_cpu(self._load, self._plan, first, done, cost)
             end = max(end, done)
         timeline.join(max(end, timeline.now))
 

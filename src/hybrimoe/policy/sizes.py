@@ -1,8 +1,12 @@
-"""How users write a memory budget: bytes, "10GiB", or a fraction of what there is."""
+"""Sizes as they are given: memory budgets in bytes, "10GiB" or a fraction, and experts per layer."""
 
 import math
+from collections.abc import Sequence
+
+import numpy as np
 
 from hybrimoe.errors import ConfigError
+from hybrimoe.policy.timeline import Array
 
 UNITS = {"": 1, "b": 1} | {
     unit: size
@@ -34,6 +38,16 @@ def expert_budget(vram: int | float | str, everything: int) -> float:
         return 0
     size = parse_size("vram", vram)
     return size * everything * (1 + 1e-12) if isinstance(size, float) else size
+
+
+def expert_counts(layers: int, experts: int | Sequence[int] | Array) -> Array:
+    """[L] int64 experts of each layer, of one number for all or of one for each."""
+    counts: Array = np.asarray(experts, np.int64)
+    if layers < 1 or counts.shape not in ((), (layers,)) or counts.min() < 1:
+        raise ConfigError(
+            f"layers and experts must be positive, got {layers} and {counts.tolist()}"
+        )
+    return np.broadcast_to(counts, layers).copy()
 
 
 def _parse_text(name: str, text: str) -> int | float:

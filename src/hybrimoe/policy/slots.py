@@ -29,10 +29,10 @@ def tally(ready: Array) -> tuple[int, int]:
 
 
 @compiled
-def lacks_any(slot: Array, first: int, end: int) -> bool:
+def lacks_any(slot: Array, sizes: Array, first: int, end: int) -> bool:
     """Whether any expert of the layers from `first` to before `end` has no slot."""
     for layer in range(first, end):
-        for s in slot[layer]:
+        for s in slot[layer, : sizes[layer]]:
             if s < 0:
                 return True
     return False

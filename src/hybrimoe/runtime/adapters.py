@@ -147,14 +147,19 @@ def _split(tensor: Tensor, matrices: int, concatenated: bool) -> Tensor:
 
 def top_k_of(model: Any) -> int:
     """Experts per token by the model's configuration, 2 where it has none or no known name says it."""
-    config = getattr(model, "config", None)
-    if config is not None:
-        config = config.get_text_config()
+    config = text_config(model)
     for name in TOP_K_NAMES:
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:
             return value
     return 2
+
+
+def text_config(model: Any) -> Any:
+    """What a model says of its text layers: any object, None where it says nothing."""
+    config = getattr(model, "config", None)
+    text = getattr(config, "get_text_config", None)
+    return text() if callable(text) else config
 
 
 def find_gate(module: Any) -> Gate:

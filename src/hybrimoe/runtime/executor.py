@@ -105,8 +105,8 @@ class TorchExecutor:
         here = {expert: int(slots[expert]) for expert in plan.gpu.tolist() if expert not in moving}
         launches: list[tuple[Tensor, Any]] = []
         copied: dict[int, int] = {}
-        most = wave_size(load, plan)
-        if most == len(moves) and len(here) * self.books.cost.gpu_read < LAUNCH_S:
+        most, read_s = wave_size(load, plan), self.books.cost.of(load.layer).gpu_read
+        if most == len(moves) and len(here) * read_s < LAUNCH_S:
             here, copied = {}, here  # so little that they may wait for the copies
 
         def launch(wave: dict[int, int]) -> None:

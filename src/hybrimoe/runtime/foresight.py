@@ -20,11 +20,11 @@ DEPTH = 1
 class Foresight:
     """Asks routers early, so that the disk is read before experts are needed.
 
-    seats: one per layer. experts: the most that a layer has.
+    seats: one per layer. sizes: experts of each layer.
     """
 
-    def __init__(self, seats: list[Seat], experts: int) -> None:
-        self.seats, self.experts = seats, experts
+    def __init__(self, seats: list[Seat], sizes: list[int]) -> None:
+        self.seats, self.sizes = seats, sizes
         self._scorings = Scorings(len(seats))
         self._hooks: list[Any] = [hook for seat in seats for hook in seat.watch()]
 
@@ -34,10 +34,10 @@ class Foresight:
         None where its router does not show itself, or where so many tokens come that the next layer
         will ask for most of its experts.
         """
-        place, logits = self.seats[layer].take(ids, self.experts)
-        if logits is None or 2 * ids.numel() > self.experts:
+        place, logits = self.seats[layer].take(ids, self.sizes[layer])
+        if logits is None or 2 * ids.numel() > self.sizes[layer]:
             return []
-        ahead = look_ahead(self.seats, layer, place, DEPTH, self.experts)
+        ahead = look_ahead(self.seats, layer, place, DEPTH, self.sizes)
         called = _on_host(logits), _on_host(ids, torch.int64), _on_host(weights)
         how = self._scorings.of(layer, *called)
         return [

@@ -89,8 +89,9 @@ class Guard:
             return
         cache, timeline = self.engine.cache, self.engine.timeline
         ready = cache.ready(load.layer, load.experts, timeline.now)
+        own = cost.of(load.layer)
         for name, policies in self.modes.items():
-            seconds = policies.scheduler.plan(load, ready, timeline, cost).makespan
+            seconds = policies.scheduler.plan(load, ready, timeline, own).makespan
             self._running.predicted[name] += seconds / self._tokens
 
     def _contest(self, tokens: int) -> Contest:

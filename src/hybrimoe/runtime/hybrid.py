@@ -7,13 +7,15 @@ import math
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from hybrimoe.config import Config
 from hybrimoe.errors import ConfigError, DeviceLostError
+from hybrimoe.kernels.layout import Layout
 from hybrimoe.kernels.moe import PackedLayer
 from hybrimoe.policy.cache import Cache
 from hybrimoe.policy.cost import CostModel
@@ -62,17 +64,18 @@ class Hybrid:
         self.pool, self.accelerator = pool, accelerator
         self.policies = policies = config.policies()
         layers = [layer for layer in pool.layers if layer]
-        self.experts = max(len(layer.blobs) for layer in layers)
+        sizes = np.array([layer.experts for layer in layers])
+        top_k = min(top_k, int(sizes.max()))
         self.cost = cost_of(pool, accelerator, threads, config.deterministic)
         free = accelerator.free_bytes()
         kept = reserve(free or 0, kv)
         slots = slot_count(config.vram, counted(layers), free, kept)
-        self.cache = Cache(policies.ranking, slots, len(layers), self.experts, top_k)
+        self.cache = Cache(policies.ranking, slots, len(layers), sizes, top_k)
         self.executor = TorchExecutor(
             pool, self.cache, self.cost, accelerator, threads, config.trace
         )
         self.meter = self.executor.meter
-        markov = Markov(len(layers), self.experts, top_k, depth=max(policies.prefetcher.depth, 1))
+        markov = Markov(len(layers), sizes, top_k, depth=max(policies.prefetcher.depth, 1))
         self.engine = Engine(
             *(policies, self.cache, self.cost, self.executor),
             timeline=Timeline(trace=config.trace),
@@ -96,7 +99,7 @@ class Hybrid:
             raise
         self.counts = [LayerCounts() for _ in layers]
         self.meter.reset()
-        self.intake = Intake(accelerator, len(layers), self.experts)
+        self.intake = Intake(accelerator, sizes.tolist())
         self._took = math.inf  # predicted seconds of the layer before
         self.lock = threading.Lock()  # the engine's books are shared by all callers
 
@@ -170,7 +173,8 @@ class Hybrid:
         meter.ended(step, seconds)
         if tokens <= DECODE:
             absent = engine.misses + engine.late - before[1] - before[2]
-            meter.decoded(seconds, load.experts.size - absent, absent, self.cost)
+            own = self.cost.of(load.layer)
+            meter.decoded(seconds, load.experts.size - absent, absent, own)
 
     def _refine(self) -> None:
         """Move the cost table towards what was measured."""
@@ -264,15 +268,33 @@ class Hybrid:
 def cost_of(
     pool: ExpertPool, accelerator: Accelerator, threads: int | None, deterministic: bool = False
 ) -> CostModel:
-    """A cost table for the pool's largest expert: this machine's, if its times mean anything.
+    """A cost table for the pool's experts: this machine's, if its times mean anything.
 
     The first wrap on a machine measures it for some seconds. A shipped profile's table stands in on
     an emulated accelerator, and where placement must not depend on measurements.
     """
     subject = pooled_subject(pool)
     if deterministic or not accelerator.measured:
-        return stand_in(subject.layout)
-    return calibrated(subject, accelerator, threads)
+        cost = stand_in(subject.layout)
+    else:
+        cost = calibrated(subject, accelerator, threads)
+    return layered(cost, subject.layout, [layer.layout for layer in pool.layers if layer])
+
+
+def layered(cost: CostModel, largest: Layout, layouts: list[Layout]) -> CostModel:
+    """The cost of the largest expert, with that of each layer's own where they differ."""
+    if set(layouts) == {largest}:
+        return cost
+    own = {
+        each: cost.scaled(each.expert_bytes, each.shards, weights_in(each) / weights_in(largest))
+        for each in set(layouts)
+    }
+    return replace(cost, layers=tuple(own[layout] for layout in layouts))
+
+
+def weights_in(layout: Layout) -> int:
+    """Weights of one expert, padding included."""
+    return (layout.matrices + 1) * layout.hidden * layout.inner
 
 
 def counted(layers: list[PackedLayer]) -> Experts:

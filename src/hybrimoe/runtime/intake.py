@@ -30,12 +30,16 @@ class Call(NamedTuple):
 
 
 class Intake:
-    """Reads the routers of all layers, and fetches everything of one call at once."""
+    """Reads the routers of all layers, and fetches everything of one call at once.
 
-    def __init__(self, accelerator: Accelerator, layers: int, experts: int) -> None:
-        self.accelerator, self.experts = accelerator, experts
+    sizes: experts of each layer.
+    """
+
+    def __init__(self, accelerator: Accelerator, sizes: list[int]) -> None:
+        self.accelerator, self.sizes = accelerator, sizes
+        self.experts = max(sizes)  # loads have as many scores as the policies' books
         self.seats: list[Seat] = []
-        self.scorings = Scorings(layers)
+        self.scorings = Scorings(len(sizes))
         self._hooks: list[Any] = []
 
     def watch(self, seats: list[Seat]) -> None:
@@ -87,10 +91,10 @@ class Intake:
     ) -> tuple[Tensor | None, list[tuple[int, Tensor, Tensor]]]:
         seat = self.seats[layer]
         try:
-            place, logits = seat.take(ids, self.experts)
+            place, logits = seat.take(ids, self.sizes[layer])
             if logits is None or not depth:
                 return logits, []
-            return logits, look_ahead(self.seats, layer, place, depth, self.experts)
+            return logits, look_ahead(self.seats, layer, place, depth, self.sizes)
         finally:
             seat.forget()
 

@@ -69,7 +69,8 @@ class _Recording:
     ) -> None:
         self.found, self.depth = found, depth
         self.seats = seats_of(model, [experts.name for experts, _ in found])
-        self.experts = max(_sizes(*layer)[0] for layer in found)
+        self.sizes = [_sizes(*layer)[0] for layer in found]
+        self.experts = max(self.sizes)
         self.model = model_name(model)
         self.shape = expert_shape(model, found)
         self.step: dict[int, _Layer] = {}
@@ -119,13 +120,13 @@ class _Recording:
         return seen
 
     def _read(self, layer: int, ids: Tensor, weights: Tensor) -> _Layer:
-        place, logits = self.seats[layer].take(ids, self.experts)
+        place, logits = self.seats[layer].take(ids, self.sizes[layer])
         order = weights.float().argsort(dim=1, descending=True, stable=True)
         best, scores = ids.gather(1, order), weights.float().gather(1, order)
         forecasts: list[Forecast] = []
         if logits is not None:
             best, scores = _with_others(best, scores, logits.float())
-            ahead = look_ahead(self.seats, layer, place, self.depth, self.experts)
+            ahead = look_ahead(self.seats, layer, place, self.depth, self.sizes)
             forecasts = [
                 read_forecast(target, as_array(chosen.cpu(), torch.int64), as_array(said.cpu()))
                 for target, chosen, said in ahead

@@ -102,27 +102,35 @@ def seats_of(model: nn.Module, paths: Sequence[str]) -> list[Seat]:
 
 @torch.no_grad()
 def look_ahead(
-    seats: Sequence[Seat], layer: int, place: int, depth: int, experts: int
+    seats: Sequence[Seat], layer: int, place: int, depth: int, sizes: Sequence[int]
 ) -> list[tuple[int, Tensor, Tensor]]:
     """(layer, ids [T, K], logits [T, E]) that the next routers say to this layer's router input.
 
-    Only routers of this one's class are asked: another one may read something else. Their hooks
-    are passed by, so that nobody counts these calls as routing.
+    sizes: experts of each layer. Only routers of this one's class and width are asked: another one
+    may read something else. Their hooks are passed by, so that nobody counts these calls as routing.
     """
     here = seats[layer]
     found = []
     for target in range(layer + 1, min(layer + 1 + depth, len(seats))):
         router = seats[target].router
-        if router is None or type(router) is not type(here.router) or router.training:
+        if router is None or router.training or not _is_like(router, here.router):
             break
         args, kwargs = here.inputs(seats[target])
         output = router.forward(*args, **kwargs)
         ids = output[place]
-        logits = _logits(output, ids.shape[0], experts)
+        logits = _logits(output, ids.shape[0], sizes[target])
         if logits is None:
             break
         found.append((target, ids, logits))
     return found
+
+
+def _is_like(router: nn.Module, other: nn.Module | None) -> bool:
+    """Whether one class, and weights of one width: what the one is called with suits the other."""
+    if other is None or type(router) is not type(other):
+        return False
+    widths = zip(router.parameters(), other.parameters())
+    return all(mine.shape[-1:] == its.shape[-1:] for mine, its in widths if mine.dim() > 1)
 
 
 def _same(found: Tensor | None, ids: Tensor) -> bool:

@@ -16,6 +16,7 @@ from hybrimoe.policy.presets import preset
 from hybrimoe.policy.routing import Forecast, Load
 from hybrimoe.policy.scheduler import Plan
 from hybrimoe.policy.sizes import expert_budget
+from hybrimoe.runtime.adapters import text_config
 from hybrimoe.runtime.devices.device import Accelerator
 from hybrimoe.runtime.executor import TorchExecutor
 
@@ -56,12 +57,14 @@ class Shrink:
 
 
 def kv_bytes(model: Any, tokens: int) -> int:
-    """Bytes of the KV cache of so many tokens: an upper bound from the model's configuration.
+    """Bytes of the KV cache of so many tokens: an upper bound from the model's configuration, and a
+    guess where it has none.
 
     Layers with a sliding window count as far as it reaches. Compressed keys count expanded, as some
     releases of transformers store them; layers that keep a fixed state count like the others.
     """
-    config, dtype = model.config.get_text_config(), next(model.parameters()).dtype
+    config, parameter = text_config(model), next(model.parameters(), None)
+    dtype = torch.float32 if parameter is None else parameter.dtype
     layers, every = (_number(config, n) for n in ("num_hidden_layers", "num_attention_heads"))
     key, value = _number(config, "qk_head_dim"), _number(config, "v_head_dim")
     if not key:

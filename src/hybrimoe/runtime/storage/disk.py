@@ -50,12 +50,13 @@ class DiskTier:
     """
 
     def __init__(self, sizes: TierSizes, top_k: int, backing: Backing, trace: bool = False) -> None:
-        layers, most = len(sizes.experts), max(sizes.experts)
+        layers, experts = len(sizes.experts), np.array(sizes.experts)
+        top_k = min(top_k, max(sizes.experts))
         self.sizes, self.backing = sizes, backing
-        self.cache = Cache(NextToken(scope="model"), sizes.slots, layers, most, top_k, staging=0)
+        self.cache = Cache(NextToken(scope="model"), sizes.slots, layers, experts, top_k, staging=0)
         self.slab = allocate(sizes.slots, sizes.slot_bytes)
         self.reader = Reader()
-        self.forecaster, self.trust = Markov(layers, most, top_k), Trust(1)
+        self.forecaster, self.trust = Markov(layers, experts, top_k), Trust(1)
         self.timeline = Timeline(trace=trace)
         self.make_room: Callable[[], bool] = lambda: False
         """Called when every slot is held: gives one back, or returns False."""

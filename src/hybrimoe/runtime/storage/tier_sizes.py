@@ -35,6 +35,7 @@ def tier_sizes(
     Raises ConfigError for a budget that does not hold the experts of one token.
     """
     experts, sizes = tuple(n for n, _ in layers), tuple(size for _, size in layers)
+    top_k = min(top_k, max(experts))
     size, each = parse_size("ram", ram), padded(max(sizes))
     # A hair more than a fraction asks for, so that 0.25 of 768 experts is 192 despite rounding.
     slots = int(size * sum(experts) * (1 + 1e-12)) if isinstance(size, float) else size // each
