@@ -22,6 +22,13 @@ SMALL = 1 << 18
 """Weight bytes below which waking other threads costs more than they bring."""
 
 
+class BlankPairsError(RoutingError):
+    """Some pairs of a token and an expert name none: a launch cannot leave them out.
+
+    Whoever can tell which pairs are left computes those alone.
+    """
+
+
 class PackedLayer(NamedTuple):
     """The experts of one layer, ready to compute."""
 
@@ -91,7 +98,7 @@ def run_layer(
 
     x, out [T, D] in `dtype` (bfloat16 and float16 as uint16 bits), ids [T, K] int64, weights [T, K]
     float32, shards [E, 2] int32 or None for all of every expert. All C-contiguous. Raises
-    RoutingError before anything runs if an id is not in [0, E).
+    RoutingError before anything runs if an id is not in [0, E); see `check_arguments`.
 
     add: the sums go on from what `out` holds. In float32, launches over experts in rising order then
     give the very bits of one launch over all of them.
@@ -123,7 +130,11 @@ def check_arguments(
     dtype: str,
     shards: np.ndarray | None = None,
 ) -> None:
-    """Raise unless a launch is safe: a kernel checks nothing and a bad index would crash."""
+    """Raise unless a launch is safe: a kernel checks nothing and a bad index would crash.
+
+    BlankPairsError if all that is wrong are ids E with weight 0, by which transformers' routers mark
+    a pair that contributes nothing here; a RoutingError of the plain kind otherwise.
+    """
     if dtype not in DTYPES:
         raise RoutingError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if x.ndim != 2 or ids.ndim != 2:
@@ -148,8 +159,17 @@ def check_arguments(
                 f"place must name rows in [0, {len(layer.blobs)}), got {layer.place}"
             )
     if not ids_in_range(ids, experts):
-        bad = ids[(ids < 0) | (ids >= experts)][0]
-        raise RoutingError(f"expert ids must lie in [0, {experts}), got {bad}")
+        raise _outside(ids, weights, experts)
+
+
+def _outside(ids: np.ndarray, weights: np.ndarray, experts: int) -> RoutingError:
+    """What is wrong with ids of which some are not in [0, experts)."""
+    blank = (ids == experts) & (weights == 0)
+    bad = ids[((ids < 0) | (ids >= experts)) & ~blank]
+    rule = f"expert ids must lie in [0, {experts}), got"
+    if bad.size:
+        return RoutingError(f"{rule} {bad[0]}")
+    return BlankPairsError(f"{rule} {experts} with weight 0")
 
 
 def check_array(name: str, array: np.ndarray, shape: tuple[int, ...], dtype: np.dtype) -> None:

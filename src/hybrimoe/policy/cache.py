@@ -46,7 +46,8 @@ class Cache:
     """The slot table: which expert of which layer is in which slot, and who may take it.
 
     experts: how many a layer has, or [L] where layers differ; E is the most of any layer, and what a
-        layer lacks of that never has a slot. slots: experts that fit. floor: slots that no other layer may take from a layer, in model scope.
+        layer lacks of that never has a slot.
+    slots: experts that fit. floor: slots that no other layer may take from a layer, in model scope.
     frequency: [L, E] how often each expert was used before, for quotas by frequency.
     staging: further slots, behind the others, for experts that pass through without staying.
     """

@@ -170,9 +170,7 @@ class CheckedPrefetcher(Prefetcher):
         seen = [_copy_forecast(forecast) for forecast in forecasts]
         mine = (_copy_cache(cache), scheduler, timeline.fork(), cost)
         layers = [forecast.layer for forecast in forecasts]
-        return _ask(
-            self, lambda: self._sound(self.policy.wanted(seen, *mine), layers, cache.sizes)
-        )
+        return _ask(self, lambda: self._sound(self.policy.wanted(seen, *mine), layers, cache.sizes))
 
     def _sound(
         self, wanted: list[tuple[int, int]], layers: list[int], sizes: Array

@@ -96,8 +96,8 @@ def most_wanted(
 ) -> tuple[int, int]:
     """(layer, expert) of the swap within a layer that gains most worth, (-1, -1) for none.
 
-    sizes [L]: experts of each layer. Looks at `layer` and the `window` - 1 layers that ran before it; slots in use or on the wire
-    cannot be swapped.
+    sizes [L]: experts of each layer. Looks at `layer` and the `window` - 1 layers that ran before it;
+    slots in use or on the wire cannot be swapped.
     """
     layers = worth.shape[0]
     least = np.full(layers, np.inf)

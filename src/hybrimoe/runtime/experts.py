@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hybrimoe.errors import RoutingError
 from hybrimoe.kernels.layout import expert_layout
-from hybrimoe.kernels.moe import PackedLayer, run_layer
+from hybrimoe.kernels.moe import BlankPairsError, PackedLayer, check_arguments, run_layer
 from hybrimoe.runtime import formats, opaque
 from hybrimoe.runtime.adapters import ExpertWeights, FoundExperts
 from hybrimoe.runtime.guards import Rooted
 from hybrimoe.runtime.hybrid import Hybrid
 from hybrimoe.runtime.measuring.stats import Stats
+from hybrimoe.runtime.pairs import check_kinds, each_alone, without_blanks
 from hybrimoe.runtime.pool import ExpertPool, allocate_blobs, checksum
 from hybrimoe.runtime.shared_experts import EarlyExperts
 from hybrimoe.runtime.storage.job import Job
@@ -117,22 +117,25 @@ class PooledExperts(Rooted):
         return self.compute(hidden_states, top_k_index, top_k_weights)
 
     def compute(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """`forward` without gradients."""
+        """`forward` without gradients; RoutingError before anything has changed."""
+        try:
+            return self._routed(hidden, ids, weights)
+        except BlankPairsError:
+            return without_blanks(self._routed, self.packed.experts, hidden, ids, weights)
+
+    def _routed(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """`compute` where every pair names an expert."""
+        check_kinds(self.name, hidden, ids)
         if self.post_norm is None:
             return self._launch(hidden, ids, weights)
         # The norm sees each expert's own output, so every routed pair becomes a token of its own.
         tokens, k = ids.shape
-        alone = torch.ones(tokens * k, 1)
-        y = self._launch(hidden.repeat_interleave(k, 0), ids.reshape(-1, 1), alone)
+        alone = each_alone(ids, weights, self.packed.experts)
+        y = self._launch(hidden.repeat_interleave(k, 0), *alone)
         y = self.post_norm(y).view(tokens, k, -1)  # [T, K, D]
         return (y * weights.unsqueeze(-1)).sum(1).to(hidden.dtype)
 
     def _launch(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        if hidden.dtype not in formats.NATIVE or hidden.dim() != 2:
-            raise RoutingError(
-                f"hidden_states must be [T, D] in float32, bfloat16 or float16, got "
-                f"{hidden.dtype} {tuple(hidden.shape)} in {self.name}"
-            )
         if self.hybrid is not None:
             return self._shared(hidden, ids, weights)
         started = time.perf_counter()
@@ -153,6 +156,7 @@ class PooledExperts(Rooted):
         assert tier is not None
         assert foresight is not None
         try:
+            check_arguments(job.layer, job.x, job.ids, job.weights, job.out, job.dtype)
             tier.run(job, lambda: foresight.forecasts(self.index, ids, weights))
         finally:
             foresight.forget(self.index)
@@ -174,9 +178,13 @@ class PooledExperts(Rooted):
         with self.borrowing, _Borrowed(self.original, tensors):
             return self.found.describe(self.original)
 
-    def _call_original(self, tensors: dict[str, Tensor], *args: Tensor) -> Tensor:
+    def _call_original(
+        self, tensors: dict[str, Tensor], hidden: Tensor, ids: Tensor, weights: Tensor
+    ) -> Tensor:
+        blank = ids == self.packed.experts  # not every implementation leaves these out
+        ids, weights = ids.masked_fill(blank, 0), weights.masked_fill(blank, 0)
         with self.borrowing, _Borrowed(self.original, tensors):
-            out: Tensor = self.original(*args)
+            out: Tensor = self.original(hidden, ids, weights)
         return out
 
     def __getattr__(self, name: str) -> Any:

@@ -116,16 +116,13 @@ class Hybrid:
         """
         with self.lock:
             executor = self.executor
-            taken = self.memory.within(
-                lambda: self.intake.take(
-                    layer, self.pool.layer(layer), inputs, self._depth(layer), early
-                )
-            )
-            executor.call, load, forecasts = taken
-            executor.forecasts = forecasts
+            taken = self.memory.within(lambda: self.intake.take(layer, inputs, self._depth(layer)))
+            # Outside `within`: a call that is refused has touched no slot.
+            read = self.intake.read(layer, self.pool.layer(layer), taken, early)
+            executor.call, load, executor.forecasts = read
             try:
                 before = self.engine.timeline.now
-                self._step(load, forecasts, tokens=len(inputs[1]))
+                self._step(load, executor.forecasts, tokens=len(inputs[1]))
                 self._took = self.engine.timeline.now - before
                 assert executor.out is not None
                 return executor.out, load

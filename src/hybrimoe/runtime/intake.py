@@ -29,6 +29,15 @@ class Call(NamedTuple):
     early: Callable[[], None] | None = None
 
 
+class Taken(NamedTuple):
+    """What one transfer brings of a call; on the host but for `hidden`, until the next transfer."""
+
+    hidden: Tensor  # [T, D] where the model computes
+    inputs: tuple[Tensor, Tensor, Tensor]  # ids [T, K], weights [T, K], hidden states [T, D]
+    logits: Tensor | None  # [T, E]
+    ahead: list[tuple[int, Tensor, Tensor]]  # of later layers: which, ids [T, K], logits [T, E]
+
+
 class Intake:
     """Reads the routers of all layers, and fetches everything of one call at once.
 
@@ -53,15 +62,8 @@ class Intake:
             hook.remove()
         self.seats, self._hooks = [], []
 
-    def take(
-        self,
-        layer: int,
-        packed: PackedLayer,
-        inputs: tuple[Tensor, Tensor, Tensor],
-        depth: int,
-        early: Callable[[], None] | None = None,
-    ) -> tuple[Call, Load, list[Forecast]]:
-        """One call of a layer: hidden states [T, D], ids [T, K] and weights [T, K].
+    def take(self, layer: int, inputs: tuple[Tensor, Tensor, Tensor], depth: int) -> Taken:
+        """Bring one call of a layer to the host: hidden states [T, D], ids [T, K], weights [T, K].
 
         depth: layers to forecast; none where the routers do not show themselves.
         """
@@ -70,19 +72,33 @@ class Intake:
         said = [tensor for _, *pair in ahead for tensor in pair]
         shown = [] if logits is None else [logits]
         fetched = self.accelerator.fetch([ids, weights, hidden, *shown, *said])
-        host_ids, host_weights = as_array(fetched[0], torch.int64), as_array(fetched[1])
-        on_host = plain(fetched[2], torch.float32)
+        rest = fetched[3 + len(shown) :]
+        targets = [target for target, _, _ in ahead]
+        return Taken(
+            hidden,
+            (fetched[0], fetched[1], fetched[2]),
+            None if logits is None else fetched[3],
+            list(zip(targets, rest[::2], rest[1::2])),
+        )
+
+    def read(
+        self, layer: int, packed: PackedLayer, taken: Taken, early: Callable[[], None] | None = None
+    ) -> tuple[Call, Load, list[Forecast]]:
+        """What was taken, as the policies read it; RoutingError before anything of it is used."""
+        ids, weights, hidden = taken.inputs
+        host_ids, host_weights = as_array(ids, torch.int64), as_array(weights)
+        on_host = plain(hidden, torch.float32)
         x: np.ndarray = on_host.numpy()
         check_arguments(packed, x, host_ids, host_weights, x, "float32")
-        there = on_host if hidden.device.type == "cpu" else hidden.detach().contiguous()
+        on_cpu = taken.hidden.device.type == "cpu"
+        there = on_host if on_cpu else taken.hidden.detach().contiguous()
         call = Call(x, host_ids, host_weights, there, early)
-        scores = NO_LOGITS if logits is None else as_array(fetched[3])
+        scores = NO_LOGITS if taken.logits is None else as_array(taken.logits)
         how = self.scorings.of(layer, scores, host_ids, host_weights)
         load = read_load(layer, host_ids, host_weights, self.experts, scores, how)
-        pairs = zip(fetched[3 + len(shown) :: 2], fetched[4 + len(shown) :: 2])
         forecasts = [
             read_forecast(target, as_array(chosen, torch.int64), as_array(values), how)
-            for (target, _, _), (chosen, values) in zip(ahead, pairs)
+            for target, chosen, values in taken.ahead
         ]
         return call, load, forecasts
 
