@@ -17,6 +17,8 @@ from hybrimoe.errors import UnsupportedModelError
 
 PLAIN = frozenset(("F64", "F32", "F16", "BF16"))
 """Stored dtypes whose elements are the numbers themselves."""
+COUNTS = frozenset(("I64", "BOOL"))
+"""Stored dtypes of tables and masks, which no method packs weights into."""
 _PLAIN_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 USE_PLAIN = "use an unquantized (bfloat16) checkpoint of the model, or a GGUF file"
@@ -130,25 +132,27 @@ def hint_of(method: str, of_weights: str = "", names: Iterable[str] = ()) -> str
 def refuse_declared(name: str, config: Any, stored: Mapping[str, str] | None = None) -> None:
     """Raise UnsupportedModelError if a configuration declares a quantization.
 
-    name: of the checkpoint. stored: the dtype of each of its tensors, where they are known.
+    name: of the checkpoint, if it is known. stored: the dtype of each of its tensors, likewise.
     """
     found = declared(config)
     if found is None:
         return
+    what, remove = repr(name) if name else "the checkpoint", f"remove {found.key} from config.json"
     if stored and is_plain(stored):
         raise UnsupportedModelError(
-            f"{name!r} has a {found.key} for {found.method}, but its files hold plain numbers: remove "
-            f"{found.key} from config.json to load them as they are"
+            f"{what} has a {found.key} for {found.method}, but its files hold plain numbers: "
+            f"{remove} to load them as they are"
         )
+    otherwise = "" if stored else f"; if its files hold plain numbers all the same, {remove}"
     raise UnsupportedModelError(
-        f"{name!r} is quantized by {found.method} ({found.key} in config.json), and hybrimoe packs "
-        f"plain numbers: {found.hint(stored or ())}"
+        f"{what} is quantized by {found.method} ({found.key} in config.json), and hybrimoe packs "
+        f"plain numbers: {found.hint(stored or ())}{otherwise}"
     )
 
 
 def is_plain(stored: Mapping[str, str]) -> bool:
     """Whether tensors, dtypes by name, are all plain numbers without anything that scales them."""
-    return PLAIN.issuperset(stored.values()) and not any(
+    return (PLAIN | COUNTS).issuperset(stored.values()) and not any(
         owner in stored for name in stored for owner in owners(name)
     )
 

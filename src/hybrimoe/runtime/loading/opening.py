@@ -148,9 +148,7 @@ def class_of(name: str | os.PathLike[str], hf_kwargs: dict[str, Any]) -> tuple[A
     """The class that loads a checkpoint (for text if there is one, else the one that config.json
     names), and the configuration."""
     place = {key: hf_kwargs[key] for key in (*HUB, "trust_remote_code") if key in hf_kwargs}
-    config = hf_kwargs.get("config")
-    if not isinstance(config, transformers.PreTrainedConfig):
-        config = read_config(name, **place)
+    config = read_config(name, **place)
     folder = Path(name) / (hf_kwargs.get("subfolder") or "")
     refuse_declared(os.fspath(name), config, dtypes_in(folder, hf_kwargs.get("variant")))
     text = transformers.AutoModelForCausalLM

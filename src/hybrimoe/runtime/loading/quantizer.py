@@ -146,8 +146,8 @@ def _ask_first() -> None:
     @functools.wraps(choose)
     def checked(config: Any, quantization_config: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(quantization_config, (Config, PackedConfig)):
-            name = str(getattr(config, "name_or_path", None) or "the checkpoint")
-            refuse_declared(name, config, dtypes_in(Path(name)))
+            name = str(getattr(config, "name_or_path", None) or "")
+            refuse_declared(name, config, dtypes_in(Path(name)) if name else None)
         return choose(config, quantization_config, *args, **kwargs)
 
     auto.get_hf_quantizer = modeling_utils.get_hf_quantizer = checked
