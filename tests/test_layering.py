@@ -23,7 +23,7 @@ ALLOWED = {
 TORCHLESS = ("torch", "transformers", "accelerate", "safetensors")
 KNOW_TRANSFORMERS = {"hybrimoe.runtime.adapters"} | {
     f"hybrimoe.runtime.loading.{name}"
-    for name in ("quantizer", "skeleton", "converting", "opening", "gguf_file")
+    for name in ("quantizer", "skeleton", "converting", "opening", "gguf_file", "stored_numbers")
 }
 GPU_KERNELS = tuple(
     f"hybrimoe.kernels.{name}"

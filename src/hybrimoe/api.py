@@ -38,6 +38,7 @@ from hybrimoe.runtime.linears import PackedLinear, find_linears
 from hybrimoe.runtime.loading.load_memory import ensure_wrap_fits
 from hybrimoe.runtime.measuring.stats import Stats
 from hybrimoe.runtime.pool import ExpertPool
+from hybrimoe.runtime.quantized import refuse_quantized_model
 from hybrimoe.runtime.rms_norms import FusedNorm, find_norms
 from hybrimoe.runtime.routers import seats_of
 from hybrimoe.runtime.shared_experts import EarlyExperts
@@ -223,6 +224,7 @@ def wrap(model: Model, config: Config | None = None, **overrides: Any) -> Model:
             f"{type(model).__name__} is already wrapped as part of another model, or a part of it "
             "is; call hybrimoe.unwrap on the model that was given to wrap"
         )
+    refuse_quantized_model(model, config.linear)
     found = find_experts(model)
     _check(found, config)
     ensure_wrap_fits(model, found, config.weights, config.ram)

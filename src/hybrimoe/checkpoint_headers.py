@@ -15,6 +15,7 @@ from hybrimoe.runtime.loading.checkpoints import (
     INDEX,
     WEIGHTS,
     Catalogue,
+    StoredTensor,
     examine_files,
     examine_folder,
 )
@@ -47,7 +48,11 @@ class Checkpoint:
         return sum(self.stored.values())
 
 
-def read_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
+Headers = tuple[Checkpoint, Catalogue]
+"""What is counted, and the tensors that the model's own parameters are read from."""
+
+
+def read_checkpoint(name: str, revision: str | None = None) -> Headers:
     """Read the headers of a local folder, of a snapshot in the cache, or of a repository.
 
     Raises CheckpointNotFoundError where there is none, CheckpointError where it cannot be used.
@@ -63,15 +68,17 @@ def read_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
     return _read_hub(name, revision)
 
 
-def _read_folder(name: str, folder: Path, place: str) -> Checkpoint:
+def _read_folder(name: str, folder: Path, place: str) -> Headers:
     manifest = read_manifest(folder)
     if manifest is not None:
         found = _packed_files(folder, manifest)
         dense = (folder / manifest["folder"] / DENSE).stat().st_size
         kept = {layer["name"]: layer["weights"] for layer in manifest["layers"]}
         counted = _count(name, place, found, choice_of(kept.values()), dense)
-        return replace(counted, kept=kept)
-    return _count(name, place, examine_folder(folder))
+        plain = {key: tensor for key, tensor in found.items() if tensor.path.name == DENSE}
+        return replace(counted, kept=kept), plain
+    found = examine_folder(folder)
+    return _count(name, place, found), found
 
 
 def count_gguf(name: str, header: GgufHeader) -> Checkpoint:
@@ -124,7 +131,7 @@ def _snapshot(name: str, revision: str | None) -> Path | None:
     return folders[0]
 
 
-def _read_hub(name: str, revision: str | None) -> Checkpoint:
+def _read_hub(name: str, revision: str | None) -> Headers:
     """The same from the hub, by requests for the first bytes of each file."""
     from huggingface_hub import HfApi
     from huggingface_hub import errors as hub
@@ -140,9 +147,13 @@ def _read_hub(name: str, revision: str | None) -> Checkpoint:
             f"{name} is no folder here and not in the cache, and the hub does not give it: "
             f"{first_line(error)}"
         ) from error
-    files = found.files_metadata.values()
-    tensors = [tensor for file in files for tensor in file.tensors.values()]
-    sizes = ((t.dtype, t.data_offsets[1] - t.data_offsets[0]) for t in tensors)
-    stored = _by_dtype(sizes)
+    tensors = {}
+    for path, file in found.files_metadata.items():
+        for key, tensor in file.tensors.items():
+            start, end = tensor.data_offsets
+            shape = tuple(tensor.shape)
+            tensors[key] = StoredTensor(Path(path), start, end - start, tensor.dtype, shape)
+    stored = _by_dtype((tensor.dtype, tensor.nbytes) for tensor in tensors.values())
     mapped = sum(stored.values())
-    return Checkpoint(name, "hub", len(files), len(tensors), stored, mapped=mapped)
+    files = len(found.files_metadata)
+    return Checkpoint(name, "hub", files, len(tensors), stored, mapped=mapped), tensors

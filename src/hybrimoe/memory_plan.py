@@ -20,6 +20,7 @@ from hybrimoe.errors import (
 )
 from hybrimoe.placement import Budget, Placement, choose, nearest, place
 from hybrimoe.policy.sizes import parse_size
+from hybrimoe.runtime.loading.checkpoints import Catalogue
 from hybrimoe.runtime.loading.footprint import Footprint, footprint_of
 from hybrimoe.runtime.loading.gguf_experts import named_file, prescribed, refuse_format
 from hybrimoe.runtime.loading.host import MARGIN, HostMemory, host_memory, size_text
@@ -30,6 +31,8 @@ from hybrimoe.runtime.loading.skeleton import (
     read_config,
     weight_dtype,
 )
+from hybrimoe.runtime.loading.stored_numbers import ensure_plain
+from hybrimoe.runtime.quantized import refuse_declared, refuse_quantized_model
 from hybrimoe.speed import Speed, expected_speed
 
 Size = int | float | str | None
@@ -165,9 +168,9 @@ def plan(
         if weights is not None:
             refuse_format(weights)
         return _of_gguf(name, gguf_file, _budget(vram, ram), context, revision)
-    checkpoint = read_checkpoint(name, revision)
+    checkpoint, tensors = read_checkpoint(name, revision)
     budget = _budget(vram, ram, checkpoint.mapped)
-    return _of_name(name, checkpoint, budget, weights, context, revision)
+    return _of_name(name, checkpoint, tensors, budget, weights, context, revision)
 
 
 def _budget(vram: Size, ram: Size, mapped: int = 0) -> Budget:
@@ -199,6 +202,7 @@ def _gpu_name() -> str | None:
 def _of_name(
     name: str,
     checkpoint: Checkpoint,
+    tensors: Catalogue,
     budget: Budget,
     weights: str | None,
     context: int,
@@ -211,8 +215,10 @@ def _of_name(
             f"{weights!r}; plan the original checkpoint"
         )
     config = read_config(name, revision=revision)
+    refuse_declared(name, config, {key: tensor.dtype for key, tensor in tensors.items()})
     dtype = weight_dtype(config, checkpoint.stored)
     skeleton = build_skeleton(config, dtype)
+    ensure_plain(skeleton, tensors)
     stored, streams = checkpoint.tensors, packs_on_arrival(skeleton)
     footprint = footprint_of(skeleton, context, kept=kept_dtypes(skeleton, dtype))
     footprint = replace(footprint, stored=stored, streams=streams)
@@ -222,10 +228,8 @@ def _of_name(
     call = f"from_pretrained({name!r}"
     if revision is not None:
         call += f", revision={revision!r}"
-    if getattr(config, "quantization_config", None):
-        call, budget = "wrap(model", replace(budget, wraps=True)
     plan = _assemble(name, skeleton, footprint, budget, weights, call, formats)
-    notes = _notes(footprint, checkpoint, config)
+    notes = _notes(footprint, checkpoint)
     return replace(plan, checkpoint=checkpoint, notes=notes + plan.notes)
 
 
@@ -278,6 +282,7 @@ def _of_model(model: Any, budget: Budget, weights: str | None, context: int) -> 
         raise WrappedModelError(
             "plan takes a model before it is wrapped; see model.hybrimoe.report()"
         )
+    refuse_quantized_model(model)
     skeleton = build_skeleton(model.config, next(model.parameters()).dtype, type(model))
     footprint = footprint_of(model, context, skeleton)
     held = footprint.dense_bytes + footprint.native_bytes
@@ -336,16 +341,9 @@ def _format(placed: Placement) -> FormatPlan:
     return FormatPlan(placed.weights, *sizes, placed.fits)
 
 
-def _notes(footprint: Footprint, checkpoint: Checkpoint, config: Any) -> tuple[str, ...]:
+def _notes(footprint: Footprint, checkpoint: Checkpoint) -> tuple[str, ...]:
     """What a reader of the numbers should know about the files behind them."""
     stored, built = checkpoint.nbytes, footprint.dense_bytes + footprint.native_bytes
-    quantized = getattr(config, "quantization_config", None)
-    if quantized:
-        method = quantized.get("quant_method", "quantized") if isinstance(quantized, dict) else ""
-        return (
-            f"the files hold {size_text(stored)} {method or 'quantized'}: load them with transformers, "
-            f"dequantized, which takes {size_text(built)}, and wrap the model",
-        )
     if checkpoint.packed is None and abs(stored - built) > 0.05 * built:
         return (
             f"the files hold {size_text(stored)}, the model that transformers builds "

@@ -66,6 +66,15 @@ def examine_folder(folder: Path, variant: str | None = None) -> Catalogue:
     raise CheckpointError(f"has neither {single.name} nor {index.name}", folder)
 
 
+def dtypes_in(folder: Path, variant: str | None = None) -> dict[str, str]:
+    """The dtype of each tensor of a checkpoint folder; none where there is no sound one."""
+    try:
+        found = examine_folder(folder, variant) if folder.is_dir() else {}
+    except CheckpointError:
+        return {}
+    return {name: tensor.dtype for name, tensor in found.items()}
+
+
 def examine_files(paths: Iterable[str | os.PathLike[str]], folder: Path) -> Catalogue:
     """All tensors of some files of one checkpoint; `folder` is where they must lie."""
     found: Catalogue = {}

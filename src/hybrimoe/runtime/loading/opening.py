@@ -11,18 +11,20 @@ import transformers
 from transformers.utils.hub import cached_file
 
 from hybrimoe.config import Config
-from hybrimoe.errors import (
-    CheckpointError,
-    CheckpointNotFoundError,
-    ConfigError,
-    UnsupportedModelError,
-)
+from hybrimoe.errors import CheckpointError, CheckpointNotFoundError, ConfigError
 from hybrimoe.runtime.formats import choice_of
-from hybrimoe.runtime.loading.checkpoints import CONVERT, INDEX, examine_folder, read_index
+from hybrimoe.runtime.loading.checkpoints import (
+    CONVERT,
+    INDEX,
+    dtypes_in,
+    examine_folder,
+    read_index,
+)
 from hybrimoe.runtime.loading.load_memory import ensure_fits
 from hybrimoe.runtime.loading.packed_files import DENSE, check_dense, read_manifest
 from hybrimoe.runtime.loading.quantizer import PackedConfig, check_device_map
 from hybrimoe.runtime.loading.skeleton import build_skeleton, first_line, read_config, weight_dtype
+from hybrimoe.runtime.quantized import refuse_declared
 
 REFUSED = {
     "quantization_config": "hybrimoe's own is given by config=",
@@ -147,12 +149,8 @@ def class_of(name: str | os.PathLike[str], hf_kwargs: dict[str, Any]) -> tuple[A
     names), and the configuration."""
     place = {key: hf_kwargs[key] for key in (*HUB, "trust_remote_code") if key in hf_kwargs}
     config = read_config(name, **place)
-    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
-    if method is not None:
-        raise UnsupportedModelError(
-            f"{os.fspath(name)!r} is quantized by {method}; let transformers load it dequantized, such "
-            "as with quantization_config=Mxfp4Config(dequantize=True), and call hybrimoe.wrap"
-        )
+    folder = Path(name) / (hf_kwargs.get("subfolder") or "")
+    refuse_declared(os.fspath(name), config, dtypes_in(folder, hf_kwargs.get("variant")))
     text = transformers.AutoModelForCausalLM
     if type(config) in text._model_mapping or "auto_map" in config.to_dict():
         return text, config

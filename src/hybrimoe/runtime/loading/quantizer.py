@@ -8,6 +8,7 @@ family loads here that loads there.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,9 +17,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from transformers import modeling_utils
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
-from transformers.quantizers import HfQuantizer, register_quantizer
+from transformers.quantizers import HfQuantizer, auto, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.logging import tqdm
 
@@ -28,11 +30,13 @@ from hybrimoe.runtime import formats
 from hybrimoe.runtime.adapters import FoundExperts, find_experts
 from hybrimoe.runtime.experts import PooledExperts
 from hybrimoe.runtime.loading.arrivals import Arrivals
-from hybrimoe.runtime.loading.checkpoints import examine_files
+from hybrimoe.runtime.loading.checkpoints import dtypes_in, examine_files
 from hybrimoe.runtime.loading.converting import PackingConverter
 from hybrimoe.runtime.loading.load_memory import ensure_fits, own_memory
 from hybrimoe.runtime.loading.packed_files import fill
 from hybrimoe.runtime.loading.reading import Reader
+from hybrimoe.runtime.loading.stored_numbers import ensure_plain
+from hybrimoe.runtime.quantized import refuse_declared
 from hybrimoe.runtime.storage.tiers import WeightsOf
 
 METHOD = "hybrimoe"
@@ -128,6 +132,25 @@ def register(start: Start, finish: Finish) -> None:
     if METHOD not in AUTO_QUANTIZER_MAPPING:
         faces = {"start": staticmethod(start), "finish": staticmethod(finish)}
         register_quantizer(METHOD)(type("HybriMoEQuantizer", (Quantizer,), faces))
+        _ask_first()
+
+
+def _ask_first() -> None:
+    """Refuse a checkpoint that declares a quantization before transformers reads the declaration.
+
+    transformers would import the package of the method, complain that two configurations are of
+    different classes, or for a method it does not know go on as if nothing had been declared.
+    """
+    choose = auto.get_hf_quantizer
+
+    @functools.wraps(choose)
+    def checked(config: Any, quantization_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(quantization_config, (Config, PackedConfig)):
+            name = str(getattr(config, "name_or_path", None) or "")
+            refuse_declared(name, config, dtypes_in(Path(name)) if name else None)
+        return choose(config, quantization_config, *args, **kwargs)
+
+    auto.get_hf_quantizer = modeling_utils.get_hf_quantizer = checked
 
 
 class Quantizer(HfQuantizer):  # type: ignore[misc]
@@ -167,10 +190,10 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
     ) -> None:
         if getattr(model.config, "distributed_config", None) is not None:
             raise UnsupportedModelError("a model spread over processes cannot be loaded packed")
-        if checkpoint_files and self.packed is None:
-            self.reader = Reader(
-                examine_files(checkpoint_files, folder_of(model, checkpoint_files))
-            )
+        if checkpoint_files:
+            catalogue = examine_files(checkpoint_files, folder_of(model, checkpoint_files))
+            ensure_plain(model, catalogue)
+            self.reader = Reader(catalogue) if self.packed is None else None
         self.model = model
         self.shapes = {name: p.shape for name, p in model.named_parameters()}
         with torch.device("cpu"):  # transformers builds models under the meta device
