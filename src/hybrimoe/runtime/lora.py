@@ -25,7 +25,6 @@ from hybrimoe.kernels.layout import has_k_types
 from hybrimoe.runtime import deltas, formats, tuners
 from hybrimoe.runtime.deltas import Delta, Kept
 from hybrimoe.runtime.pool import checksum
-from hybrimoe.runtime.stand_ins import StandIn
 
 if TYPE_CHECKING:
     from hybrimoe.runtime.adapters import FoundExperts
@@ -45,9 +44,9 @@ class Folded(NamedTuple):
     @property
     def nbytes(self) -> int:
         """The memory it takes."""
-        factors = [f for found in self.deltas.values() for d in found for f in (d.left, d.right)]
-        kept = [part for found in self.kept.values() for part in found]
-        return sum(part.nbytes for part in (*factors, *kept))
+        added = (delta for found in self.deltas.values() for delta in found)
+        kept = (part for found in self.kept.values() for part in found)
+        return sum(d.left.nbytes + d.right.nbytes for d in added) + sum(k.nbytes for k in kept)
 
 
 NOTHING = Folded({}, {})

@@ -10,25 +10,18 @@ from torch import Tensor, nn
 
 from hybrimoe.errors import WrappedModelError
 
+ATTRIBUTES = (
+    *("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf", "grad", "grad_fn"),
+    *("is_meta", "is_cuda", "is_cpu", "is_sparse", "is_quantized", "nbytes", "itemsize"),
+)
+METHODS = (
+    *("size", "dim", "numel", "nelement", "element_size", "stride", "is_contiguous", "get_device"),
+    *("is_floating_point", "is_complex", "requires_grad_", "data_ptr", "__hash__"),
+)
 READABLE = {
-    getattr(Tensor, name).__get__
-    for name in (
-        *("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf", "grad"),
-        *("is_meta", "is_cuda", "is_cpu", "is_sparse", "is_quantized", "nbytes", "itemsize"),
-    )
-} | {
-    getattr(Tensor, name)
-    for name in (
-        *("size", "dim", "numel", "nelement", "element_size", "stride", "is_contiguous"),
-        *(
-            "is_floating_point",
-            "is_complex",
-            "requires_grad_",
-            "data_ptr",
-            "__hash__",
-            "get_device",
-        ),
-    )
+    *(getattr(Tensor, name).__get__ for name in ATTRIBUTES),
+    *(getattr(Tensor, name) for name in METHODS),
+    Tensor.requires_grad.__set__,  # type: ignore[attr-defined]
 }
 """What of a tensor can be asked for without reading its numbers."""
 
@@ -58,5 +51,5 @@ class StandIn(nn.Parameter):
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
-    def __repr__(self) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"StandIn({self.label}, {tuple(self.shape)}, {self.dtype})"
