@@ -27,15 +27,18 @@ from hybrimoe.policy.timeline import perfetto
 from hybrimoe.report import Report
 from hybrimoe.runtime import formats
 from hybrimoe.runtime.adapters import FoundExperts, find_experts, top_k_of
+from hybrimoe.runtime.counts import Counts
 from hybrimoe.runtime.devices.cuda import TorchAccelerator
 from hybrimoe.runtime.devices.device import Accelerator, EmulatedAccelerator
 from hybrimoe.runtime.devices.memory import kv_bytes
 from hybrimoe.runtime.experts import PooledExperts
 from hybrimoe.runtime.foresight import Foresight
+from hybrimoe.runtime.frozen import FrozenNotice
 from hybrimoe.runtime.guards import Guards, ensure_unwrap_fits, refuse_copy, refuse_pickle
 from hybrimoe.runtime.hybrid import Hybrid
 from hybrimoe.runtime.linears import PackedLinear, find_linears
 from hybrimoe.runtime.loading.load_memory import ensure_wrap_fits
+from hybrimoe.runtime.lora import Folding, check_adapters
 from hybrimoe.runtime.measuring.stats import Stats
 from hybrimoe.runtime.pool import ExpertPool
 from hybrimoe.runtime.quantized import refuse_quantized_model
@@ -43,6 +46,7 @@ from hybrimoe.runtime.rms_norms import FusedNorm, find_norms
 from hybrimoe.runtime.routers import seats_of
 from hybrimoe.runtime.shared_experts import EarlyExperts
 from hybrimoe.runtime.storage.tiers import WeightsOf, open_tier
+from hybrimoe.runtime.tuners import home_of
 from hybrimoe.verification import Verification, verify_layers
 
 logger = logging.getLogger("hybrimoe")
@@ -57,7 +61,9 @@ class Runtime:
     ) -> None:
         check_device(config)
         self.config = config
+        self.home = home_of(model)
         self.pool = ExpertPool()
+        self.pool.folding = self.folding = Folding()
         self.pool.tier = open_tier(config, model, weights_of)
         self.layers: list[PooledExperts] = []
         self.linears: list[PackedLinear] = []
@@ -65,12 +71,12 @@ class Runtime:
         self.hybrid: Hybrid | None = None
         self._counters = Stats()
         self.threads = config.threads or min(torch.get_num_threads(), usable_cores())
-        self._guards = Guards()
-        self._hooks = [
-            model.register_forward_pre_hook(self._counters.enter, with_kwargs=True),
-            model.register_forward_pre_hook(self._begin),
-            model.register_forward_hook(self._counters.leave, with_kwargs=True),
-            model.register_forward_hook(self._end),
+        self._guards, self._counts = Guards(), Counts()
+        self._hooks = [  # of a PEFT model, `generate` calls the model inside
+            self.home.register_forward_pre_hook(self._counters.enter, with_kwargs=True),
+            self.home.register_forward_pre_hook(self._begin),
+            self.home.register_forward_hook(self._counters.leave, with_kwargs=True),
+            self.home.register_forward_hook(self._end),
         ]
 
     def report(self) -> Report:
@@ -121,6 +127,7 @@ class Runtime:
                               self._counters)
         # fmt: on
         self.layers.append(layer)
+        self.folding.layers.append(layer)
         return layer
 
     @property
@@ -161,13 +168,22 @@ class Runtime:
         self.pool.foresight = Foresight(seats, [layer.packed.experts for layer in self.layers])
 
     def guard(self, model: nn.Module) -> None:
-        """Refuse from now on what would break the experts."""
-        dtypes = {layer.dtype for layer in self.layers}
-        self._guards.install(model, [layer.name for layer in self.layers], dtypes)
+        """Refuse from now on what would break the experts, and count them where models are counted."""
+        dtypes, names = (
+            {layer.dtype for layer in self.layers},
+            [layer.name for layer in self.layers],
+        )
+        self._guards.install(model, names, dtypes)
+        self._counts.install(model, names)
+        notice = FrozenNotice(model, names[0])
+        for layer in self.layers:
+            layer.watch = notice
 
     def detach(self) -> None:
         """Remove the hooks and the guards from the model."""
         self._guards.remove()
+        self._counts.remove()
+        self.folding.close()
         for hook in self._hooks:
             hook.remove()
         if self.hybrid is not None:
@@ -226,7 +242,7 @@ def wrap(model: Model, config: Config | None = None, **overrides: Any) -> Model:
         )
     refuse_quantized_model(model, config.linear)
     found = find_experts(model)
-    _check(found, config)
+    _check(model, found, config)
     ensure_wrap_fits(model, found, config.weights, config.ram)
     runtime = Runtime(config, model)
     try:
@@ -253,12 +269,14 @@ def complete(runtime: Runtime, model: nn.Module) -> None:
             runtime.foresee(model)
         if runtime.config.linear is not None:
             runtime.pack_linears(model, runtime.config.linear)
+        runtime.folding.follow()
         runtime.guard(model)
     except BaseException:
         if accelerator is not None:
             move_dense(model, "cpu")
         raise
-    model.hybrimoe = runtime  # type: ignore[assignment]
+    # A PEFT model passes the name on; the model inside outlives it.
+    runtime.home.hybrimoe = runtime
     logger.info("wrapped %s: %s", type(model).__name__, runtime)
 
 
@@ -282,7 +300,7 @@ def unwrap(model: Model) -> Model:
     for layer in runtime.packed:
         layer.restore()
     runtime.close()
-    del model.hybrimoe
+    del runtime.home.hybrimoe
     if runtime.hybrid is not None:
         _bring_back_dense(model)
     rounded = {
@@ -377,7 +395,7 @@ def _already_wrapped(model: Model, config: Config) -> Model:
     return model
 
 
-def _check(found: list[FoundExperts], config: Config) -> None:
+def _check(model: nn.Module, found: list[FoundExperts], config: Config) -> None:
     """Everything that can be known to fail, before anything is touched."""
     for experts in found:
         dtypes = {name: p.dtype for name, p in experts.module.named_parameters(recurse=False)}
@@ -391,7 +409,8 @@ def _check(found: list[FoundExperts], config: Config) -> None:
         described = experts.describe(experts.module)
         fmt = formats.format_of(config.weights, described.up.dtype)
         biases = [b for b in (described.up_bias, described.down_bias) if b is not None]
-        formats.check_range(experts.name, fmt, [described.up, described.down, *biases])
+        folded = check_adapters(model, experts, fmt)
+        formats.check_range(experts.name, fmt, [described.up, described.down, *biases, *folded])
 
 
 def _roll_back(runtime: Runtime) -> None:

@@ -15,6 +15,7 @@ from hybrimoe.config import Config
 from hybrimoe.errors import ConfigError, WrappedModelError
 from hybrimoe.runtime.loading.packed_files import save
 from hybrimoe.runtime.storage.tiers import WeightsOf
+from hybrimoe.runtime.tuners import own_modules
 
 
 def from_pretrained(
@@ -44,12 +45,18 @@ def save_packed(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     The folder gets packed experts, dense weights, config.json and a manifest with checksums. A save
     over an older one takes effect in one step: a killed process or a full disk leaves the old one
-    whole. Raises WrappedModelError if the model is not wrapped, StorageError if the disk refuses.
+    whole. Raises WrappedModelError if the model is not wrapped or has adapters, StorageError if the
+    disk refuses.
     """
     runtime = getattr(model, "hybrimoe", None)
     if runtime is None:
         raise WrappedModelError(
             "save_packed needs a wrapped model; call hybrimoe.wrap(model) first"
+        )
+    if any(True for _ in own_modules(model)):
+        raise WrappedModelError(
+            "save_packed writes no adapters; save them by save_pretrained, and the model itself after "
+            "merge_and_unload() or unload()"
         )
     from hybrimoe.runtime.loading.quantizer import bytes_bar
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hybrimoe.errors import UnsupportedModelError
 from hybrimoe.kernels.activations import NAMES, SOFTCAP, Gate
+from hybrimoe.runtime.tuners import inside, is_wrapper
 
 FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 TOP_K_NAMES = (
@@ -66,7 +67,10 @@ def register_adapter(experts_class: type[nn.Module], describe: Describe) -> None
 
 @dataclass(frozen=True)
 class FoundExperts:
-    """One experts module in a model: where it hangs and how to see its weights."""
+    """One experts module in a model: where it hangs and how to see its weights.
+
+    Wrappers that PEFT has put around it hang in its place; the name does not tell of them.
+    """
 
     name: str
     parent: nn.Module
@@ -97,7 +101,10 @@ def find_experts(model: nn.Module) -> list[FoundExperts]:
 
 def _walk(model: nn.Module) -> Iterator[FoundExperts]:
     for name, parent in model.named_modules():
-        for attribute, child in parent.named_children():
+        if is_wrapper(parent):
+            continue  # what it wraps was met where the wrapper hangs
+        for attribute, outermost in parent.named_children():
+            child = inside(outermost)
             describe = _ADAPTERS.get(type(child)) or (_describe if _is_decorated(child) else None)
             if describe:
                 path = f"{name}.{attribute}" if name else attribute

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,15 @@ from hybrimoe.kernels.layout import expert_layout
 from hybrimoe.kernels.moe import BlankPairsError, PackedLayer, check_arguments, run_layer
 from hybrimoe.runtime import formats, opaque
 from hybrimoe.runtime.adapters import ExpertWeights, FoundExperts
+from hybrimoe.runtime.frozen import refuse_training
 from hybrimoe.runtime.guards import Rooted
 from hybrimoe.runtime.hybrid import Hybrid
+from hybrimoe.runtime.lora import LayerAdapters
 from hybrimoe.runtime.measuring.stats import Stats
 from hybrimoe.runtime.pairs import check_kinds, each_alone, without_blanks
 from hybrimoe.runtime.pool import ExpertPool, allocate_blobs, checksum
 from hybrimoe.runtime.shared_experts import EarlyExperts
+from hybrimoe.runtime.stand_ins import StandIn
 from hybrimoe.runtime.storage.job import Job
 
 
@@ -38,6 +42,7 @@ class PooledExperts(Rooted):
         self.post_norm = described.post_norm
         self.hybrid: Hybrid | None = None  # who shares the work with an accelerator, if anyone
         self.early: EarlyExperts | None = None  # what of the block may run meanwhile
+        self.watch: Callable[[PooledExperts, bool], None] = lambda *_: None  # told of training
         # Kept out of nn.Module's registry: its parameters are not parameters of the model now.
         self.__dict__["original"] = found.module
         self.__dict__["found"] = found
@@ -45,12 +50,19 @@ class PooledExperts(Rooted):
         self.number = opaque.register(self)
         self.shapes = {name: getattr(found.module, name).shape for name in described.parameters}
         self.dtype = described.up.dtype
-        self.native_bytes = sum(
-            shape.numel() * self.dtype.itemsize for shape in self.shapes.values()
-        )
+        self.packed_names = tuple(self.shapes)
+        self.packed_numbers = sum(shape.numel() for shape in self.shapes.values())
+        self.native_bytes = self.packed_numbers * self.dtype.itemsize
         # On the meta device there is nothing to pack yet: who loads the model fills the blobs.
         self.is_filled = not described.up.is_meta
-        layer = pack_layer(weights, described) if self.is_filled else reserve(weights, described)
+        self.is_lossless = formats.is_lossless(formats.format_of(weights, self.dtype))
+        self.stand_ins: dict[str, StandIn] = {}
+        self.adapters = LayerAdapters(self, found)
+        if self.is_filled:
+            folded = self.adapters.at_first()
+            layer = pack_layer(weights, self.described(folded) if folded else described)
+        else:
+            layer = reserve(weights, described)
         self.index = pool.add(layer)
         if self.is_filled:
             self.seal()
@@ -62,25 +74,37 @@ class PooledExperts(Rooted):
         return self.pool.layer(self.index)
 
     @property
-    def packed_bytes(self) -> int:
+    def packed_bytes(self) -> int:  # type: ignore[override]
         """What the experts of this layer take in the pool; none if they are on disk."""
         blobs = self.packed.blobs
         return blobs.nbytes if blobs.strides[0] else 0
 
     def install(self) -> None:
         """Take the original's place in its parent and drop its weights."""
-        setattr(self.found.parent, self.found.attribute, self)
+        self._replace(self.original, self)
+        self.adapters.adopt()
         for name in self.shapes:
             parameter = getattr(self.original, name)
             parameter.data = torch.empty(0, dtype=self.dtype)
 
     def restore(self) -> None:
         """Undo `install`: weights back into the original, the original back into the model."""
-        for name, tensor in self.unpacked().items():
+        for name, tensor in self.adapters.plain().items():
             getattr(self.original, name).data = tensor
         self.original.train(self.training)
-        setattr(self.found.parent, self.found.attribute, self.original)
+        self._replace(self, self.original)
         self.pool.release(self.index)
+
+    def _replace(self, old: nn.Module, new: nn.Module) -> None:
+        """Hang a module where another one does, below all wrappers around that."""
+        parent, attribute = self.found.parent, self.found.attribute
+        if parent._modules[attribute] is old:
+            setattr(parent, attribute, new)
+            return
+        for holder in list(parent._modules[attribute].modules()):
+            for name, child in list(holder._modules.items()):
+                if child is old:
+                    setattr(holder, name, new)
 
     def seal(self) -> None:
         """The blobs are complete: remember what they hold."""
@@ -91,13 +115,21 @@ class PooledExperts(Rooted):
         """Whether the packed bytes are still those that `wrap` wrote."""
         return checksum(self.pool.blobs(self.index)) == self.checksum
 
-    def unpacked(self) -> dict[str, Tensor]:
-        """The weights as the original's parameters hold them: exact where the format is lossless."""
+    def rewritten(self, blobs: np.ndarray | None, total: int) -> None:
+        """The packed weights have changed; None, on disk: they are the former ones again."""
+        self.checksum = total
+        self.pool.rewrite(self.index, blobs)
+
+    def unpacked(self, blobs: np.ndarray | None = None) -> dict[str, Tensor]:
+        """The weights as the original's parameters hold them: exact where the format is lossless.
+
+        Deltas of adapters are part of them. blobs: instead of the pool's.
+        """
         tensors = {
             name: torch.empty(shape, dtype=self.dtype) for name, shape in self.shapes.items()
         }
         packed = self.packed
-        blobs = self.pool.blobs(self.index)
+        blobs = self.pool.blobs(self.index) if blobs is None else blobs
         formats.unpack(packed.fmt, packed.layout, blobs, self.described(tensors))
         return tensors
 
@@ -108,16 +140,22 @@ class PooledExperts(Rooted):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [T, D], top_k_index [T, K], top_k_weights [T, K] -> [T, D]."""
-        wants_grad = hidden_states.requires_grad or top_k_weights.requires_grad
-        if torch.is_grad_enabled() and wants_grad:
-            out: Tensor = _Differentiable.apply(self, hidden_states, top_k_index, top_k_weights)
-            return out
+        if torch.is_grad_enabled():
+            trained = () if torch.compiler.is_compiling() else self.adapters.trained()
+            if trained or hidden_states.requires_grad or top_k_weights.requires_grad:
+                if self.training and not torch.compiler.is_compiling():
+                    self.watch(self, bool(trained))
+                args = hidden_states, top_k_index, top_k_weights
+                out: Tensor = _Differentiable.apply(self, *args, *trained)
+                return out
         if torch.compiler.is_compiling():
             return opaque.experts(hidden_states, top_k_index, top_k_weights, self.number)
         return self.compute(hidden_states, top_k_index, top_k_weights)
 
     def compute(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """`forward` without gradients; RoutingError before anything has changed."""
+        if self.adapters.is_stale() and self.pool.folding is not None:
+            self.pool.folding.follow()
         try:
             return self._routed(hidden, ids, weights)
         except BlankPairsError:
@@ -187,6 +225,22 @@ class PooledExperts(Rooted):
             out: Tensor = self.original(hidden, ids, weights)
         return out
 
+    def stand_in(self, name: str) -> StandIn:
+        """What shows the shape and the type of a packed parameter, always the same object."""
+        if name not in self.stand_ins:
+            self.stand_ins[name] = StandIn.of(name, self.shapes[name], self.dtype)
+        return self.stand_ins[name]
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """Its own, and a stand-in for each packed one, by which PEFT finds what it may target.
+
+        The model's `named_parameters` does not ask here: to it, experts have none.
+        """
+        prefix = kwargs.get("prefix", args[0] if args else "")
+        yield from super().named_parameters(*args, **kwargs)
+        for name in self.shapes:
+            yield f"{prefix}.{name}" if prefix else name, self.stand_in(name)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -199,7 +253,7 @@ class PooledExperts(Rooted):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, tensor in self.unpacked().items():
+        for name, tensor in self.adapters.plain().items():
             destination[prefix + name] = tensor
 
     def extra_repr(self) -> str:
@@ -237,14 +291,16 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, layer: PooledExperts, hidden: Tensor, ids: Tensor, weights: Tensor
+        ctx: Any, layer: PooledExperts, hidden: Tensor, ids: Tensor, weights: Tensor, *_: Tensor
     ) -> Tensor:
         ctx.layer = layer
         ctx.save_for_backward(hidden, ids, weights)
         return layer.compute(hidden, ids, weights)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None, None, Tensor | None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if any(ctx.needs_input_grad[4:]):
+            refuse_training(ctx.layer.name)
         hidden, ids, weights = ctx.saved_tensors
         hidden = hidden.detach().requires_grad_()
         weights = weights.detach().requires_grad_()

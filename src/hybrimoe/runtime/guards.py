@@ -27,13 +27,10 @@ class Guards:
 
     def install(self, model: nn.Module, names: list[str], dtypes: set[torch.dtype]) -> None:
         """Guard all modules on the paths to the experts called `names`."""
-        parts = [name.split(".") for name in names]
-        paths = {".".join(path[:depth]) for path in parts for depth in range(len(path))}
-        for path in sorted(paths):
-            module = model.get_submodule(path)
+        for module in modules_around(model, names):
             self._modules.append(module)
             self._hooks += [
-                module.register_load_state_dict_pre_hook(refuse_load),  # type: ignore[no-untyped-call]
+                module.register_load_state_dict_pre_hook(refuse_experts),  # type: ignore[no-untyped-call]
                 module.register_state_dict_pre_hook(ensure_state_fits),  # type: ignore[no-untyped-call]
             ]
             module.__dict__["_apply"] = _guarded_apply(module, dtypes)
@@ -49,18 +46,28 @@ class Guards:
 class Rooted(nn.Module):
     """A module whose weights live in memory of ours: it cannot be moved, loaded, copied or pickled.
 
-    native_bytes: of its weights, unpacked.
+    native_bytes: of its weights, unpacked. packed_bytes: of its own memory for them.
+    packed_numbers: how many of the model's parameters are not its parameters now, but packed.
+    packed_names: what its state dict calls them.
     """
 
     dtype: torch.dtype
     native_bytes: int
+    packed_bytes: int
+    packed_numbers: int
+    packed_names: tuple[str, ...]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rooted:
         refuse_move(fn, self.dtype)
         return super()._apply(fn, recurse)  # type: ignore[no-any-return,no-untyped-call]
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
-        refuse_load()
+    def _load_from_state_dict(
+        self, state: Any, prefix: str, local: Any, strict: bool, missing: list[str], *args: Any
+    ) -> None:
+        refuse_load([prefix + name for name in self.packed_names if prefix + name in state])
+        absent: list[str] = []
+        super()._load_from_state_dict(state, prefix, local, strict, absent, *args)
+        missing += [*absent, *(prefix + name for name in self.packed_names)]
 
     def __deepcopy__(self, memo: Any) -> NoReturn:
         refuse_copy()
@@ -80,11 +87,27 @@ def refuse_move(fn: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
         )
 
 
-def refuse_load(*_: Any) -> NoReturn:
-    """Raise on any attempt to load weights."""
-    raise WrappedModelError(
-        "a wrapped model cannot load a state dict; call hybrimoe.unwrap(model) first"
-    )
+def modules_around(model: nn.Module, names: list[str]) -> list[nn.Module]:
+    """All modules on the paths to the experts called `names`, from the model itself on."""
+    parts = [name.split(".") for name in names]
+    paths = {".".join(path[:depth]) for path in parts for depth in range(len(path))}
+    return [model.get_submodule(path) for path in sorted(paths)]
+
+
+def refuse_experts(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Raise, before any part is loaded, if a state dict has weights for what is packed."""
+    packed = [(name, part) for name, part in module.named_modules() if isinstance(part, Rooted)]
+    names = [f"{prefix}{at}.{name}" for at, part in packed for name in part.packed_names]
+    refuse_load([name for name in names if name in state])
+
+
+def refuse_load(names: list[str]) -> None:
+    """Raise if a state dict has weights of these names, which are packed."""
+    if names:
+        raise WrappedModelError(
+            f"a wrapped model cannot load a state dict with packed weights, got {names[0]} and "
+            f"{len(names) - 1} more; call hybrimoe.unwrap(model) first, or leave them out"
+        )
 
 
 def ensure_state_fits(module: nn.Module, *_: Any) -> None:

@@ -17,6 +17,7 @@ from hybrimoe.runtime.adapters import ExpertWeights
 from hybrimoe.runtime.guards import Rooted
 from hybrimoe.runtime.pool import allocate_blobs
 from hybrimoe.runtime.routers import seats_of
+from hybrimoe.runtime.tuners import own_modules
 
 SMALLEST = 1 << 12
 """Weights below which a matrix is left alone: there is nothing to gain."""
@@ -37,10 +38,11 @@ def find_linears(model: nn.Module, weights: str, experts: list[str]) -> list[Fou
     """Every dense layer worth packing.
 
     weights: "int8" or "int4". The output head is never less than int8: it chooses the tokens.
-    experts: names of the routed experts' modules. They, the routers beside them and matrices of less
-    than 4096 weights are left as they are.
+    experts: names of the routed experts' modules. They, the routers beside them, adapters and
+    matrices of less than 4096 weights are left as they are.
     """
-    kept = {id(part) for name in experts for part in model.get_submodule(name).modules()}
+    kept = {id(part) for part in own_modules(model)}
+    kept |= {id(part) for name in experts for part in model.get_submodule(name).modules()}
     kept |= {id(seat.router) for seat in seats_of(model, experts)}
     head = getattr(model, "get_output_embeddings", lambda: None)()
     owners: dict[int, int] = {}
@@ -74,11 +76,14 @@ class PackedLinear(Rooted):
         # Kept out of nn.Module's registry: its parameters are not parameters of the model now.
         self.__dict__["found"] = found
         self.native_bytes = linear.weight.numel() * linear.weight.element_size()
+        given = [p for p in linear.parameters() if not (found.tied and p is linear.weight)]
+        self.packed_numbers = sum(p.numel() for p in given)
+        self.packed_names = tuple(name for name, _ in linear.named_parameters())
         self.matrix = pack_matrix(found.fmt, linear)
         self.train(linear.training)
 
     @property
-    def packed_bytes(self) -> int:
+    def packed_bytes(self) -> int:  # type: ignore[override]
         """What its rows take."""
         return self.matrix.blob.nbytes
 

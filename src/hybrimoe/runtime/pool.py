@@ -14,6 +14,7 @@ from hybrimoe.kernels.workspace import Workspace
 
 if TYPE_CHECKING:
     from hybrimoe.runtime.foresight import Foresight
+    from hybrimoe.runtime.lora import Folding
     from hybrimoe.runtime.storage.disk import DiskTier
 
 ON_DISK = np.full((), 0xFF, np.uint8)
@@ -25,11 +26,13 @@ class ExpertPool:
 
     tier: where the layers lie that do not fit into RAM; None if all of them do.
     foresight: who says ahead of time what to read from there, where no accelerator's routers do.
+    folding: who packs layers anew when adapters around them change.
     """
 
     def __init__(self) -> None:
         self.tier: DiskTier | None = None
         self.foresight: Foresight | None = None
+        self.folding: Folding | None = None
         self.layers: list[PackedLayer | None] = []
         self.workspace = Workspace()
 
@@ -62,6 +65,19 @@ class ExpertPool:
         if self.tier is not None:
             self.tier.backing.write(index, self.layer(index).blobs)
             self.leave_on_disk(index)
+
+    def rewrite(self, index: int, blobs: np.ndarray | None) -> None:
+        """A layer's blobs have other contents: where it is on disk, write them above the former ones.
+
+        None: read the former ones again.
+        """
+        if self.tier is None:
+            return
+        if blobs is None:
+            self.tier.backing.uncover(index)
+        else:
+            self.tier.backing.cover(index, blobs)
+        self.tier.forget(index)
 
     def leave_on_disk(self, index: int) -> None:
         """Free the memory of a layer that the tier can read."""

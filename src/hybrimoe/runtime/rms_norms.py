@@ -46,7 +46,8 @@ class FoundNorm(NamedTuple):
 class FusedNorm(Rooted):
     """A norm in one call; it shares its weight with the original, which serves all other inputs."""
 
-    native_bytes = packed_bytes = 0  # of its own
+    native_bytes = packed_bytes = packed_numbers = 0  # of its own
+    packed_names = ()
 
     def __init__(self, found: FoundNorm) -> None:
         super().__init__()

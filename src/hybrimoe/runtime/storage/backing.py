@@ -49,6 +49,8 @@ class Backing:
         self.folder = Path(folder if folder is not None else tempfile.gettempdir())
         self.places: dict[int, Place] = {}
         self.is_direct = bool(DIRECT)  # until a file refuses
+        self._below: dict[int, Place] = {}  # where layers lie that another version covers
+        self._rooms: dict[int, Place] = {}  # where such versions are written
         self._files: list[int] = []
         self._spill: int | None = None
         self._end = 0
@@ -85,15 +87,39 @@ class Backing:
         place = Place(
             self._spill, f"{self.folder}/(experts)", self._end, padded(size), experts, size
         )
-        try:
-            for e in range(experts):
-                _write_at(place.file, blobs[e], place.offset + e * place.stride)
-            os.fdatasync(place.file) if hasattr(os, "fdatasync") else os.fsync(place.file)
-        except OSError as error:
-            raise StorageError(f"spill={str(self.folder)!r} cannot be written: {error}") from error
-        _forget(place.file, place.offset, experts * place.stride)
+        self._write(place, blobs)
         self._end += experts * place.stride
         self.places[layer] = place
+
+    def cover(self, layer: int, blobs: np.ndarray) -> None:
+        """Write another version of a layer, which is read from now on; the one below stays.
+
+        Raises StorageError, and leaves the layer uncovered, if there is no room.
+        """
+        self.uncover(layer)
+        if layer not in self._rooms:
+            self._rooms[layer] = self._further_room(*blobs.shape)
+        room = self._rooms[layer]
+        if self.is_direct:
+            _clear_direct(room.file)  # rows need not begin where a direct write asks them to
+        self._write(room, blobs)
+        if self.is_direct and not _set_direct(room.file):
+            self.is_direct = False
+            for file in self._files:
+                _clear_direct(file)
+        self._below[layer], self.places[layer] = self.places[layer], room
+
+    def uncover(self, layer: int) -> None:
+        """Read again the version of a layer that was there before `cover`."""
+        if layer in self._below:
+            self.places[layer] = self._below.pop(layer)
+
+    def keep_cover(self, layer: int) -> None:
+        """The version that `cover` wrote is the only one from now on."""
+        below = self._below.pop(layer)
+        del self._rooms[layer]
+        if below.file == self._spill:
+            self._rooms[layer] = below
 
     def adopt(self, layer: int, path: Path, offset: int, blobs: np.ndarray) -> None:
         """Read a layer of this shape from a file that is there already; raises DiskReadError."""
@@ -125,13 +151,16 @@ class Backing:
         place = self.places[layer]
         return self._read(place, place.offset + expert * place.stride, place.expert_bytes, out)
 
-    def layer(self, layer: int, out: np.ndarray) -> np.ndarray:
-        """Fill [E, expert_bytes] uint8 with all experts of a layer."""
-        place = self.places[layer]
-        row = _aligned(padded(place.expert_bytes))
+    def layer(self, layer: int, out: np.ndarray, below: bool = False) -> np.ndarray:
+        """Fill [E, expert_bytes] uint8 with all experts of a layer.
+
+        below: those that a cover hides, if one does.
+        """
+        place = self._below.get(layer, self.places[layer]) if below else self.places[layer]
+        row, size = _aligned(padded(place.expert_bytes)), place.expert_bytes
         for e in range(place.experts):
-            self.read(layer, e, row)
-            out[e] = row[: place.expert_bytes]
+            self._read(place, place.offset + e * place.stride, size, row)
+            out[e] = row[:size]
         return out
 
     def close(self) -> None:
@@ -142,6 +171,31 @@ class Backing:
 
     def __del__(self) -> None:
         self.close()
+
+    def _further_room(self, experts: int, size: int) -> Place:
+        """Room in the temporary file behind all that is there; it is created if need be."""
+        nbytes, free = experts * padded(size), shutil.disk_usage(self.folder).free
+        if self._spill is None:
+            self.make_room(nbytes)
+        elif nbytes > free:
+            raise StorageError(
+                f"spill={str(self.folder)!r} needs {nbytes} bytes for experts with an adapter's delta, "
+                f"its disk has {free} free; name a folder on a larger one"
+            )
+        assert self._spill is not None
+        name = f"{self.folder}/(experts)"
+        place = Place(self._spill, name, self._end, padded(size), experts, size)
+        self._end += nbytes
+        return place
+
+    def _write(self, place: Place, blobs: np.ndarray) -> None:
+        try:
+            for e in range(place.experts):
+                _write_at(place.file, blobs[e], place.offset + e * place.stride)
+            os.fdatasync(place.file) if hasattr(os, "fdatasync") else os.fsync(place.file)
+        except OSError as error:
+            raise StorageError(f"spill={str(self.folder)!r} cannot be written: {error}") from error
+        _forget(place.file, place.offset, place.experts * place.stride)
 
     def _read(self, place: Place, start: int, size: int, out: np.ndarray) -> int:
         if not self.is_direct:

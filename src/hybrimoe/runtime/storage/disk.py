@@ -140,10 +140,24 @@ class DiskTier:
             self._lent.remove(slot)
             self.cache.release(np.array([slot]))
 
-    def blobs(self, layer: int) -> np.ndarray:
-        """All experts of a layer, [E, expert_bytes] uint8, in memory of their own."""
-        shape = self.sizes.experts[layer], self.sizes.expert_bytes[layer]
-        return self.backing.layer(layer, allocate(*shape))
+    def blobs(self, layer: int, below: bool = False) -> np.ndarray:
+        """All experts of a layer, [E, expert_bytes] uint8, in memory of their own.
+
+        below: without what `Backing.cover` has put above them.
+        """
+        return self.backing.layer(layer, self.empty(layer), below)
+
+    def empty(self, layer: int) -> np.ndarray:
+        """Memory for all experts of a layer."""
+        return allocate(self.sizes.experts[layer], self.sizes.expert_bytes[layer])
+
+    def forget(self, layer: int) -> None:
+        """What slots hold of a layer is not what is on disk any more; nobody has borrowed it."""
+        with self._entered():
+            for slot in np.flatnonzero(self.cache.owner[:, 0] == layer).tolist():
+                if slot in self._reads:
+                    self._finish(slot, self._reads[slot])
+                self._content[slot] = NOTHING
 
     def to_dict(self) -> dict[str, Any]:
         """Totals for the report, since the last reset."""
