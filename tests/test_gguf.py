@@ -334,7 +334,7 @@ def test_plain_numbers_beside_quantized_ones_are_rounded_to_int8(write_small, ca
 
 def spoil(folder: Path, change) -> None:
     """Change the first block of blk.1.ffn_up_exps.weight."""
-    from hybrimoe.runtime.loading.gguf_check import read_gguf
+    from hybrimoe.runtime.loading.gguf_parts import read_gguf
 
     path = folder / "model.gguf"
     at = read_gguf(path, folder).tensors["blk.1.ffn_up_exps.weight"].offset

@@ -16,7 +16,7 @@ import processes
 from hybrimoe import CheckpointError, CheckpointNotFoundError, ConfigError
 from hybrimoe.cli import main
 from hybrimoe.runtime.loading import load_memory
-from hybrimoe.runtime.loading.gguf_file import LazyTensor
+from hybrimoe.runtime.loading.gguf_dense import LazyTensor
 from hybrimoe.runtime.loading.host import MARGIN, HostMemory
 from paths import TINY_MOE
 

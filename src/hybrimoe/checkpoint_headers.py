@@ -85,7 +85,7 @@ def count_gguf(name: str, header: GgufHeader) -> Checkpoint:
     """The same of a GGUF file whose header has been read; stored: bytes by ggml's types."""
     stored = _by_dtype((tensor.type_name, tensor.nbytes) for tensor in header.tensors.values())
     place = "folder" if Path(name).is_dir() else "cache"
-    return Checkpoint(name, place, 1, len(header.tensors), stored)
+    return Checkpoint(name, place, len(header.paths), len(header.tensors), stored)
 
 
 def _packed_files(folder: Path, manifest: dict[str, Any]) -> Catalogue:

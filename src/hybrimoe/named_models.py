@@ -33,8 +33,8 @@ class Source(NamedTuple):
     def check(self) -> None:
         """Fetch a GGUF file if need be, and raise CheckpointError unless its header is sound."""
         if self.gguf_file is not None:
-            from hybrimoe.runtime.loading.gguf_check import read_gguf
             from hybrimoe.runtime.loading.gguf_file import find_file
+            from hybrimoe.runtime.loading.gguf_parts import read_gguf
 
             read_gguf(*find_file(self.name, self.gguf_file, {}))
 

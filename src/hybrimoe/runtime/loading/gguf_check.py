@@ -21,6 +21,8 @@ LONGEST_NAME = 64
 """Bytes of a tensor's name, by the format."""
 MOST_VALUES = 1 << 22
 """Elements of all arrays together: the largest vocabularies take a tenth. Readers loop over them."""
+MOST_NUMBERS = 4096
+"""Numbers of an array that are kept: one per layer, but no vocabulary."""
 MOST_DIMENSIONS = 4
 LARGEST_ALIGNMENT = 1 << 16
 STRING, ARRAY = 8, 9
@@ -59,6 +61,7 @@ class GgufTensor(NamedTuple):
     shape: tuple[int, ...]
     offset: int  # from the start of the file
     nbytes: int
+    path: Path
 
     @property
     def type_name(self) -> str:
@@ -67,11 +70,15 @@ class GgufTensor(NamedTuple):
 
 
 class GgufHeader(NamedTuple):
-    """Scalars and strings of the metadata (arrays by their length alone), and all tensors."""
+    """Scalars and strings of the metadata, arrays as `ArrayLength`, and all tensors.
+
+    path: the file that was named. paths: all files of the model, in their order.
+    """
 
     path: Path
     values: dict[str, Any]
     tensors: dict[str, GgufTensor]
+    paths: tuple[Path, ...]
 
     @property
     def architecture(self) -> str:
@@ -79,8 +86,8 @@ class GgufHeader(NamedTuple):
         return str(self.values["general.architecture"])
 
 
-def read_gguf(path: Path, folder: Path) -> GgufHeader:
-    """The header of a GGUF file that really lies in `folder`; raises CheckpointError if unsound."""
+def read_file(path: Path, folder: Path) -> GgufHeader:
+    """The header of one file that really lies in `folder`; raises CheckpointError if unsound."""
     size = check_file(path, folder)
     with path.open("rb") as file:
         cursor = _Cursor(file, path, size)
@@ -88,8 +95,7 @@ def read_gguf(path: Path, folder: Path) -> GgufHeader:
         values = _read_values(cursor, value_count)
         placed = [_read_tensor(cursor) for _ in range(tensor_count)]
         tensors = _place(placed, cursor, _alignment(values, path))
-    _check_known(values, path)
-    return GgufHeader(path, values, tensors)
+    return GgufHeader(path, values, tensors, (path,))
 
 
 class _Cursor:
@@ -188,15 +194,21 @@ def _read_value(cursor: _Cursor, key: str) -> Any:
     if kind == STRING:
         return cursor.text(what)
     if kind == ARRAY:
-        return _skip_array(cursor, what)
+        return _read_array(cursor, what)
     raise CheckpointError(f"gives {key!r} the unknown type {kind}", cursor.path)
 
 
 class ArrayLength(int):
-    """Stands for an array: its values are for others to read."""
+    """Stands for an array. numbers: what is in it; empty for strings and for long ones."""
+
+    numbers: tuple[Any, ...] = ()
+
+    def __str__(self) -> str:
+        inside = ", ".join(map(str, self.numbers[:4])) or f"{int(self)} values"
+        return f"[{inside}{', ...' if len(self.numbers) > 4 else ''}]"
 
 
-def _skip_array(cursor: _Cursor, what: str) -> ArrayLength:
+def _read_array(cursor: _Cursor, what: str) -> ArrayLength:
     kind, count = cursor.number("I", what), cursor.number("Q", what)
     if kind not in SCALARS and kind != STRING:
         nested = "an array, which arrays must not hold" if kind == ARRAY else "unknown"
@@ -209,12 +221,15 @@ def _skip_array(cursor: _Cursor, what: str) -> ArrayLength:
             cursor.path,
         )
     cursor.values_left -= count
+    array = ArrayLength(count)
     if kind == STRING:
         for _ in range(count):
             cursor.string(what)
+    elif count <= MOST_NUMBERS:
+        array.numbers = struct.unpack(f"<{count}{SCALARS[kind]}", cursor.take(count * each, what))
     else:
         cursor.skip(count * each, what)
-    return ArrayLength(count)
+    return array
 
 
 def _read_tensor(cursor: _Cursor) -> tuple[str, int, tuple[int, ...], int]:
@@ -277,25 +292,10 @@ def _place(
                 path,
                 name,
             )
-        tensors[name] = GgufTensor(kind, shape, start + offset, nbytes)
+        tensors[name] = GgufTensor(kind, shape, start + offset, nbytes, path)
     end = start
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
         if tensor.offset < end:
             raise CheckpointError("overlaps the one before it", path, name)
         end = tensor.offset + tensor.nbytes
     return tensors
-
-
-def _check_known(values: dict[str, Any], path: Path) -> None:
-    """What a model's file must say, with its type: readers take it for granted."""
-    architecture = values.get("general.architecture")
-    if not isinstance(architecture, str) or not architecture.isprintable() or not architecture:
-        raise CheckpointError(
-            f"must name its general.architecture, got {str(architecture)[:40]!r}", path
-        )
-    parts = values.get("split.count", 1)
-    if isinstance(parts, int) and parts > 1:
-        raise CheckpointError(
-            f"is one of {parts} files of a split model; join them with llama-gguf-split --merge",
-            path,
-        )

@@ -10,9 +10,11 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -22,49 +24,19 @@ from hybrimoe.errors import CheckpointError, ConfigError, UnsupportedModelError
 from hybrimoe.kernels import ggml, ggml_k
 from hybrimoe.kernels.layout import is_integer, join, split
 from hybrimoe.kernels.threads import launch
+from hybrimoe.runtime.adapters import FoundExperts
 from hybrimoe.runtime.experts import PooledExperts
 from hybrimoe.runtime.loading.arrivals import STAGING_BYTES, Arrivals
-from hybrimoe.runtime.loading.gguf_check import GgufHeader, GgufTensor
+from hybrimoe.runtime.loading.gguf_layout import Matrices, Matrix
 from hybrimoe.runtime.loading.reading import bytes_of, read_at
 
 logger = logging.getLogger("hybrimoe")
-MATRICES = ("gate", "up", "down")
-EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)_exps\.weight")
 OWN = {ggml.Q4_0: "int4", **ggml_k.FORMATS}
 """Formats for a type alone; all others become int8, some of them without loss."""
 PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
 """Types that are no blocks."""
 Dequantize = Callable[[np.ndarray, int], np.ndarray]
 """values [rows, columns] float32 = dequantize(raw [rows, bytes] uint8, kind)."""
-
-
-class Matrices(NamedTuple):
-    """The three tensors of one layer's experts: gate and up [E, F, D], down [E, D, F]."""
-
-    gate: GgufTensor
-    up: GgufTensor
-    down: GgufTensor
-
-
-def layers_of(header: GgufHeader) -> dict[int, Matrices]:
-    """The experts of every layer that has some; raises CheckpointError unless they are complete."""
-    found: dict[int, dict[str, GgufTensor]] = {}
-    for name, tensor in header.tensors.items():
-        match = EXPERTS.fullmatch(name)
-        if match:
-            found.setdefault(int(match[1]), {})[match[2]] = tensor
-    if not found:
-        raise UnsupportedModelError(
-            f"{header.path} holds no experts (blk.0.ffn_gate_exps.weight and so on): a dense model, "
-            "or one that an old llama.cpp converted"
-        )
-    for block, parts in found.items():
-        for matrix in MATRICES:
-            if matrix not in parts:
-                raise CheckpointError(
-                    "is missing", header.path, f"blk.{block}.ffn_{matrix}_exps.weight"
-                )
-    return {block: Matrices(**parts) for block, parts in sorted(found.items())}
 
 
 def weights_of(layers: dict[int, Matrices]) -> dict[int, str]:
@@ -118,28 +90,19 @@ class Rounding:
 
 @dataclass
 class ExpertsReader:
-    """Fills the pool from one file. dequantize: for types that the kernels do not read."""
+    """Fills the pool from a model's files. dequantize: for types that the kernels do not read."""
 
-    header: GgufHeader
     layers: dict[int, Matrices]
     dequantize: Dequantize
     roundings: dict[str, Rounding] = field(default_factory=dict)
 
     def fill(self, arrivals: Arrivals, progress: Callable[[int], object]) -> None:
         """Pack every layer of `arrivals`; progress: told the bytes of the file that are done."""
-        blocks = [block_of(layer.name) for layer in arrivals.layers]
-        if blocks != list(self.layers):
-            raise CheckpointError(
-                f"has experts in the layers {_some(self.layers)}, the model in {_some(blocks)}",
-                self.header.path,
-            )
-        file = os.open(self.header.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        try:
-            for layer, (block, matrices) in zip(arrivals.layers, self.layers.items()):
-                self._fill_layer(file, arrivals, layer, block, matrices)
-                progress(sum(tensor.nbytes for tensor in matrices))
-        finally:
-            os.close(file)
+        with ExitStack() as stack:
+            files = _Files(stack)
+            for layer, matrices in zip(arrivals.layers, self.layers.values()):
+                self._fill_layer(files, arrivals, layer, matrices)
+                progress(sum(matrix.nbytes for matrix in matrices))
         for type_name, rounding in self.roundings.items():
             logger.warning(
                 "experts of type %s are kept as int8 in groups of 32, which rounds them: %s",
@@ -148,46 +111,35 @@ class ExpertsReader:
             )
 
     def _fill_layer(
-        self, file: int, arrivals: Arrivals, layer: PooledExperts, block: int, matrices: Matrices
+        self, files: _Files, arrivals: Arrivals, layer: PooledExperts, matrices: Matrices
     ) -> None:
-        up, down = list(layer.shapes)  # no biases: none of the families has any
-        experts, rows, hidden = layer.shapes[up]
-        wanted = ((experts, rows // 2, hidden),) * 2 + (tuple(layer.shapes[down]),)
-        for matrix, tensor, shape in zip(MATRICES, matrices, wanted):
-            if tensor.shape != shape:
-                raise CheckpointError(
-                    f"must have the shape {shape} by the model's configuration, got {tensor.shape}",
-                    self.header.path,
-                    _name(block, matrix),
-                )
         if is_integer(layer.packed.fmt):
-            for at, (matrix, tensor) in enumerate(zip(MATRICES, matrices)):
-                self._relay(file, layer, at, _name(block, matrix), tensor)
+            for at, matrix in enumerate(matrices):
+                self._relay(files, layer, at, matrix)
             arrivals.accept_packed(layer)
         else:
-            self._stream(file, arrivals, layer, block, matrices)
+            _stream(files, arrivals, layer, matrices)
 
-    def _relay(
-        self, file: int, layer: PooledExperts, at: int, name: str, tensor: GgufTensor
-    ) -> None:
+    def _relay(self, files: _Files, layer: PooledExperts, at: int, matrix: Matrix) -> None:
         """One matrix of all experts into the blobs, by the kernel."""
-        experts, rows, columns = tensor.shape
-        each = tensor.nbytes // experts
+        experts, rows, columns = matrix.shape
         fmt = split(layer.packed.fmt)[at == 2]
-        is_own = ggml_k.FORMATS.get(tensor.kind) == fmt
-        direct = is_own or (tensor.kind in ggml.BLOCK and tensor.kind not in PLAIN)
-        staged = each if direct else 4 * rows * columns
+        is_own = ggml_k.FORMATS.get(matrix.kind) == fmt
+        direct = is_own or (matrix.kind in ggml.BLOCK and matrix.kind not in PLAIN)
+        staged = matrix.each if direct else 4 * rows * columns
         chunk = min(experts, max(1, STAGING_BYTES // staged))
-        staging = np.empty(chunk * each, np.uint8)
+        if len(matrix.tensors) > 1:  # so that an error names the right one
+            chunk = 1
+        staging = np.empty(chunk * matrix.each, np.uint8)
         threads = launch.threads()
         scratch, sums = np.empty((threads, 32), np.float32), np.zeros((threads, 3))
-        packed, kind = layer.packed, tensor.kind if direct else ggml.F32
+        packed, kind = layer.packed, matrix.kind if direct else ggml.F32
         for first in range(0, experts, chunk):
             count = min(chunk, experts - first)
-            raw = staging[: count * each]
-            self._read(file, name, raw, tensor.offset + first * each)
+            raw = staging[: count * matrix.each]
+            files.read(matrix, first, raw)
             if not direct:
-                raw = self._values(raw, tensor, count).view(np.uint8).reshape(-1)
+                raw = self._values(raw, matrix, count).view(np.uint8).reshape(-1)
             work = np.zeros(8, np.int64)
             blobs = packed.blobs[first : first + count]
             what = (threads, packed.layout, at, (rows, columns), raw, blobs)
@@ -198,75 +150,106 @@ class ExpertsReader:
                     bits = 4 if fmt == "int4" else 8
                     ggml.relay_experts(kind, bits, *what, scratch, sums, work)
             if work[ggml.NOT_FINITE]:
+                name, path, *_ = next(matrix.pieces(first, count))
                 raise CheckpointError(
                     "holds weights that are not finite, or too large for a scale in float16",
-                    self.header.path,
+                    path,
                     name,
                 )
         groups, error, square = sums.sum(0).tolist()
         if groups:
-            rounding = self.roundings.setdefault(tensor.type_name, Rounding())
+            rounding = self.roundings.setdefault(matrix.type_name, Rounding())
             rounding.numbers += int(groups) * 32
             rounding.error += error
             rounding.square += square
 
-    def _values(self, raw: np.ndarray, tensor: GgufTensor, count: int) -> np.ndarray:
+    def _values(self, raw: np.ndarray, matrix: Matrix, count: int) -> np.ndarray:
         """Matrices [count, rows, columns] float32."""
-        _, rows, columns = tensor.shape
-        if tensor.kind in PLAIN:
-            plain = torch.from_numpy(raw).view(PLAIN[tensor.kind]).float()
+        _, rows, columns = matrix.shape
+        if matrix.kind in PLAIN:
+            plain = torch.from_numpy(raw).view(PLAIN[matrix.kind]).float()
             return plain.numpy().reshape(count, rows, columns)
-        values = self.dequantize(raw.reshape(count * rows, -1), tensor.kind)
+        values = self.dequantize(raw.reshape(count * rows, -1), matrix.kind)
         return np.ascontiguousarray(values, np.float32).reshape(count, rows, columns)
 
-    def _stream(
-        self, file: int, arrivals: Arrivals, layer: PooledExperts, block: int, matrices: Matrices
-    ) -> None:
-        """Experts in plain numbers, into the dtype of the model."""
-        inner = matrices.gate.shape[1]
-        up, down = list(layer.shapes)
 
-        def read(matrix: str, out: Tensor, first: int) -> None:
-            tensor = getattr(matrices, matrix)
-            raw = torch.empty(out.shape, dtype=PLAIN[tensor.kind])
-            each = tensor.nbytes // tensor.shape[0]
-            self._read(file, _name(block, matrix), bytes_of(raw), tensor.offset + first * each)
-            out.copy_(raw)
+class _Files:
+    """The files of a model, each opened when it is first read and closed with the stack."""
 
-        def read_up(out: Tensor, first: int) -> None:
-            read("gate", out[:, :inner], first)
-            read("up", out[:, inner:], first)
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack, self._open = stack, dict[Path, int]()
 
-        arrivals.stream(f"{layer.name}.{up}", read_up)
-        arrivals.stream(f"{layer.name}.{down}", lambda out, first: read("down", out, first))
+    def read(self, matrix: Matrix, first: int, out: np.ndarray) -> None:
+        """Fill `out` [bytes] with as many experts as it holds, from `first` on."""
+        done = 0
+        for name, path, offset, nbytes in matrix.pieces(first, out.nbytes // matrix.each):
+            part = out[done : done + nbytes]
+            if read_at(self._file(path), part, offset) < nbytes:
+                raise CheckpointError(
+                    "ended early: the file has become shorter since it was checked", path, name
+                )
+            done += nbytes
 
-    def _read(self, file: int, name: str, out: np.ndarray, offset: int) -> None:
-        if read_at(file, out, offset) < out.nbytes:
-            raise CheckpointError(
-                "ended early: the file has become shorter since it was checked",
-                self.header.path,
-                name,
-            )
+    def _file(self, path: Path) -> int:
+        if path not in self._open:
+            self._open[path] = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            self._stack.callback(os.close, self._open[path])
+        return self._open[path]
 
 
-def check_experts(layers: list[PooledExperts]) -> None:
-    """Raise unless the model keeps experts as the files do: gate above up, no biases."""
-    for layer in layers:
-        module = layer.original
-        plain = layer.found.is_decorated and module.has_gate and module.is_concatenated
+def _stream(files: _Files, arrivals: Arrivals, layer: PooledExperts, matrices: Matrices) -> None:
+    """Experts in plain numbers, into the dtype of the model."""
+    inner = matrices.gate.shape[1]
+    up, down = list(layer.shapes)
+
+    def read(matrix: Matrix, out: Tensor, first: int) -> None:
+        raw = torch.empty(out.shape, dtype=PLAIN[matrix.kind])
+        files.read(matrix, first, bytes_of(raw))
+        out.copy_(raw)
+
+    def read_up(out: Tensor, first: int) -> None:
+        read(matrices.gate, out[:, :inner], first)
+        read(matrices.up, out[:, inner:], first)
+
+    arrivals.stream(f"{layer.name}.{up}", read_up)
+    arrivals.stream(f"{layer.name}.{down}", lambda out, first: read(matrices.down, out, first))
+
+
+def check_experts(found: Iterable[FoundExperts], layers: dict[int, Matrices], path: Path) -> None:
+    """Raise unless the model has experts where the file has, of the same shapes, and as files keep
+    them: gate above up, no biases."""
+    blocks = {block_of(experts.name): experts for experts in found}
+    if list(blocks) != list(layers):
+        raise CheckpointError(
+            f"has experts in the layers {_some(layers)}, the model in {_some(blocks)}", path
+        )
+    for block, experts in blocks.items():
+        module = experts.module
+        plain = experts.is_decorated and module.has_gate and module.is_concatenated
         if not plain or module.is_transposed or module.has_bias:
             raise UnsupportedModelError(
-                f"{layer.name} is a {type(module).__name__}, whose layout in GGUF files is not known"
+                f"{experts.name} is a {type(module).__name__}, whose layout in GGUF files is not "
+                "known"
+            )
+        _check_shapes(layers[block], [tuple(shape.shape) for shape in module.parameters()])
+
+
+def _check_shapes(matrices: Matrices, shapes: list[tuple[int, ...]]) -> None:
+    (experts, rows, hidden), down = shapes
+    wanted = (*((experts, rows // 2, hidden),) * 2, down)
+    for matrix, shape in zip(matrices, wanted):
+        if matrix.shape != shape:
+            name, tensor = matrix.tensors[0]
+            raise CheckpointError(
+                f"must have the shape {shape} by the model's configuration, got {matrix.shape}",
+                tensor.path,
+                name,
             )
 
 
 def block_of(name: str) -> int:
     """The number of the layer that a module's name tells."""
     return int(re.findall(r"\.(\d+)\.", f".{name}.")[0])
-
-
-def _name(block: int, matrix: str) -> str:
-    return f"blk.{block}.ffn_{matrix}_exps.weight"
 
 
 def _some(numbers: Any) -> str:
