@@ -9,6 +9,8 @@ print(model.hybrimoe.report())
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from hybrimoe.registration import announce
+
 if TYPE_CHECKING:
     from hybrimoe.api import Runtime, unwrap, verify, wrap
     from hybrimoe.config import Config
@@ -109,3 +111,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+announce()

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -38,6 +39,7 @@ from hybrimoe.runtime.guards import Guards, ensure_unwrap_fits, refuse_copy, ref
 from hybrimoe.runtime.hybrid import Hybrid
 from hybrimoe.runtime.linears import PackedLinear, find_linears
 from hybrimoe.runtime.loading.load_memory import ensure_wrap_fits
+from hybrimoe.runtime.loading.packed_linears import StoredLinear
 from hybrimoe.runtime.lora import Folding, check_adapters
 from hybrimoe.runtime.measuring.stats import Stats
 from hybrimoe.runtime.pool import ExpertPool
@@ -69,6 +71,9 @@ class Runtime:
         self.linears: list[PackedLinear] = []
         self.norms: list[FusedNorm] = []
         self.hybrid: Hybrid | None = None
+        self.origin: Path | None = (
+            None  # the folder that the model was loaded from, where that is known
+        )
         self._counters = Stats()
         self.threads = config.threads or min(torch.get_num_threads(), usable_cores())
         self._guards, self._counts = Guards(), Counts()
@@ -136,14 +141,25 @@ class Runtime:
         return [*self.layers, *self.linears, *self.norms]
 
     def pack_linears(self, model: nn.Module, weights: str) -> None:
-        """Pack the dense layers too, each in its place, and fuse the norms between them."""
-        for found in find_linears(model, weights, [layer.name for layer in self.layers]):
-            layer = PackedLinear(found, self.pool.workspace, self.threads)
-            self.linears.append(layer)
-            layer.install()
+        """Pack the dense layers too, each in its place, and fuse the norms between them.
+
+        Those that `adopt` put there stay as they were saved.
+        """
+        if not self.linears:
+            for found in find_linears(model, weights, [layer.name for layer in self.layers]):
+                self._install(PackedLinear(found, self.pool.workspace, self.threads))
         for norm in list(find_norms(model)):
             self.norms.append(FusedNorm(norm))
             self.norms[-1].install()
+
+    def adopt(self, stored: Sequence[StoredLinear]) -> None:
+        """Put dense layers into their places that were read packed."""
+        for linear in stored:
+            self._install(linear.packed(workspace=self.pool.workspace, threads=self.threads))
+
+    def _install(self, layer: PackedLinear) -> None:
+        self.linears.append(layer)
+        layer.install()
 
     def share(self, model: nn.Module, accelerator: Accelerator) -> None:
         """From now on, the policies divide the experts between the CPU and an accelerator."""

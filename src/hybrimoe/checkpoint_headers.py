@@ -20,7 +20,7 @@ from hybrimoe.runtime.loading.checkpoints import (
     examine_folder,
 )
 from hybrimoe.runtime.loading.gguf_check import GgufHeader
-from hybrimoe.runtime.loading.packed_files import DENSE, read_manifest
+from hybrimoe.runtime.loading.packed_manifest import DENSE, read_manifest
 from hybrimoe.runtime.loading.skeleton import first_line
 
 

@@ -250,7 +250,7 @@ def _check_room_for_both(options: argparse.Namespace, source: Source, context: i
     """Raise InsufficientMemoryError unless a plain and a wrapped copy fit together."""
     from hybrimoe.memory_plan import plan
     from hybrimoe.runtime.loading.host import ensure_host_fits
-    from hybrimoe.runtime.loading.packed_files import read_manifest
+    from hybrimoe.runtime.loading.packed_manifest import read_manifest
 
     if source.gguf_file is None and read_manifest(Path(source.name)) is not None:
         raise ConfigError(

@@ -13,7 +13,8 @@ from torch import nn
 from hybrimoe.api import Runtime, complete
 from hybrimoe.config import Config
 from hybrimoe.errors import ConfigError, WrappedModelError
-from hybrimoe.runtime.loading.packed_files import save
+from hybrimoe.runtime.loading.companions import origin_of
+from hybrimoe.runtime.loading.packed_files import Parts, save
 from hybrimoe.runtime.storage.tiers import WeightsOf
 from hybrimoe.runtime.tuners import own_modules
 
@@ -37,16 +38,17 @@ def from_pretrained(
     from hybrimoe.runtime.loading.opening import load
 
     config = (config or Config()).replace(**ours)
-    return load(name_or_path, config, "weights" in ours, hf_kwargs)
+    return load(name_or_path, config, ours.keys(), hf_kwargs)
 
 
 def save_packed(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Write a wrapped model so that `from_pretrained(folder)` reads it without packing anything.
 
-    The folder gets packed experts, dense weights, config.json and a manifest with checksums. A save
-    over an older one takes effect in one step: a killed process or a full disk leaves the old one
-    whole. Raises WrappedModelError if the model is not wrapped or has adapters, StorageError if the
-    disk refuses.
+    The folder gets packed experts and dense layers, the other weights, a manifest with checksums, and
+    what the model's own folder or its snapshot in the cache has besides: tokenizer, chat template,
+    processors. A save over an older one takes effect in one step: a killed process or a full disk
+    leaves the old one whole. Raises WrappedModelError if the model is not wrapped or has adapters,
+    StorageError if the disk refuses.
     """
     runtime = getattr(model, "hybrimoe", None)
     if runtime is None:
@@ -60,16 +62,17 @@ def save_packed(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         )
     from hybrimoe.runtime.loading.quantizer import bytes_bar
 
-    total = sum(layer.packed.blobs.nbytes for layer in runtime.layers)
+    origin = runtime.origin or origin_of(str(getattr(model, "name_or_path", None) or ""))
+    parts = Parts(model, runtime.layers, runtime.linears, runtime.config.linear, origin)
     with ExitStack() as shown:
         bars: list[Any] = []
 
         def progress(nbytes: int) -> None:
             if not bars:  # later than the bar of the dense weights
-                bars.append(shown.enter_context(bytes_bar("Writing experts", total)))
+                bars.append(shown.enter_context(bytes_bar("Writing experts", parts.packed_bytes)))
             bars[0].update(nbytes)
 
-        save(model, runtime.layers, Path(folder), progress)
+        save(parts, Path(folder), progress)
 
 
 def make_known() -> None:

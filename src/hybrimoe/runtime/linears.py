@@ -66,7 +66,14 @@ def find_linears(model: nn.Module, weights: str, experts: list[str]) -> list[Fou
 class PackedLinear(Rooted):
     """Computes `x @ weight.T + bias` from packed rows; the original is kept aside, without weights."""
 
-    def __init__(self, found: FoundLinear, workspace: Workspace, threads: int) -> None:
+    def __init__(
+        self,
+        found: FoundLinear,
+        workspace: Workspace,
+        threads: int,
+        matrix: PackedMatrix | None = None,
+    ) -> None:
+        """matrix: the rows, where they are packed already; the weight's place is then empty."""
         super().__init__()
         linear = found.module
         self.name, self.threads, self.workspace = found.name, threads, workspace
@@ -75,11 +82,12 @@ class PackedLinear(Rooted):
         self.number = opaque.register(self)
         # Kept out of nn.Module's registry: its parameters are not parameters of the model now.
         self.__dict__["found"] = found
-        self.native_bytes = linear.weight.numel() * linear.weight.element_size()
-        given = [p for p in linear.parameters() if not (found.tied and p is linear.weight)]
-        self.packed_numbers = sum(p.numel() for p in given)
+        weights = self.in_features * self.out_features
+        self.native_bytes = weights * self.dtype.itemsize
+        self.packed_numbers = 0 if found.tied else weights
+        self.packed_numbers += 0 if linear.bias is None else linear.bias.numel()
         self.packed_names = tuple(name for name, _ in linear.named_parameters())
-        self.matrix = pack_matrix(found.fmt, linear)
+        self.matrix = pack_matrix(found.fmt, linear) if matrix is None else matrix
         self.train(linear.training)
 
     @property
@@ -99,6 +107,12 @@ class PackedLinear(Rooted):
             self.found.module.weight.data = self.unpacked()
         self.found.module.train(self.training)
         setattr(self.found.parent, self.found.attribute, self.found.module)
+
+    def kept(self) -> dict[str, Tensor]:
+        """What of the original is not packed: its bias, and a weight that is another module's too."""
+        linear = self.found.module
+        kept = {"weight": linear.weight if self.found.tied else None, "bias": linear.bias}
+        return {name: tensor.detach() for name, tensor in kept.items() if tensor is not None}
 
     def unpacked(self) -> Tensor:
         """The weight [N, K] that the packed rows stand for."""
@@ -149,10 +163,9 @@ class PackedLinear(Rooted):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        linear = self.found.module
-        destination[prefix + "weight"] = linear.weight.data if self.found.tied else self.unpacked()
-        if linear.bias is not None:
-            destination[prefix + "bias"] = linear.bias.data
+        kept = self.kept()
+        state = kept if self.found.tied else {"weight": self.unpacked(), **kept}
+        destination.update({prefix + name: tensor for name, tensor in state.items()})
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
@@ -174,14 +187,20 @@ class _Differentiable(torch.autograd.Function):
 
 def pack_matrix(fmt: str, linear: nn.Linear) -> PackedMatrix:
     """Pack one weight [N, K] into memory of its own; raises FormatError if the format cannot hold it."""
-    outputs, inputs = linear.weight.shape
-    layout = matrix_layout(fmt, outputs, inputs)
+    layout = matrix_layout(fmt, *linear.weight.shape)
     blobs = allocate_blobs(1, layout)
     formats.pack(fmt, layout, _as_down(linear.weight.data), blobs)
+    return packed_matrix(fmt, linear, blobs[0])
+
+
+def packed_matrix(fmt: str, linear: nn.Linear, blob: np.ndarray) -> PackedMatrix:
+    """A matrix whose rows are packed in `blob` [n] uint8, with the bias of its layer."""
+    shape = linear.out_features, linear.in_features
+    layout = matrix_layout(fmt, *shape)
     bias = np.zeros(0 if linear.bias is None else layout.hidden, np.float32)
     if linear.bias is not None:
-        bias[:outputs] = linear.bias.detach().float().numpy()
-    return PackedMatrix(fmt, layout, (outputs, inputs), blobs[0], bias)
+        bias[: linear.out_features] = linear.bias.detach().float().numpy()
+    return PackedMatrix(fmt, layout, shape, blob, bias)
 
 
 def _as_down(weight: Tensor) -> ExpertWeights:

@@ -23,7 +23,7 @@ _PLAIN_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 USE_PLAIN = "use an unquantized (bfloat16) checkpoint of the model, or a GGUF file"
 _DEQUANTIZE = (
-    "{who} loads it dequantized: from_pretrained(NAME, quantization_config="
+    "{who} loads it dequantized: from_pretrained(..., quantization_config="
     "{config}(dequantize=True)), then hybrimoe.wrap(model); or {plain}"
 )
 _KEEPS = (
@@ -60,10 +60,6 @@ HINTS = {
         + USE_PLAIN
     ),
     "mlx": "only MLX reads it, on Apple silicon; " + USE_PLAIN,
-    "hybrimoe": (
-        "give hybrimoe.from_pretrained the folder that hybrimoe.save_packed wrote, or the original "
-        "checkpoint"
-    ),
 }
 """What works for each method, or format of one. Only what was seen to work is promised."""
 NO_SCALES = (
@@ -130,7 +126,7 @@ def hint_of(method: str, of_weights: str = "", names: Iterable[str] = ()) -> str
 
 
 def refuse_declared(name: str, config: Any, stored: Mapping[str, str] | None = None) -> None:
-    """Raise UnsupportedModelError if a configuration declares a quantization.
+    """Raise UnsupportedModelError if a configuration declares a quantization other than ours.
 
     name: of the checkpoint, if it is known. stored: the dtype of each of its tensors, likewise.
     """

@@ -71,6 +71,10 @@ class GgufSource:
         """The format of the experts of that name."""
         return self.weights.get(gguf_experts.block_of(name))
 
+    def prepare(self, model: Any) -> tuple[()]:
+        """No dense layers lie there packed as ours are."""
+        return ()
+
     def fill(self, arrivals: Arrivals) -> None:
         """Read all experts into the pool."""
         total = sum(tensor.nbytes for layer in self.reader.layers.values() for tensor in layer)

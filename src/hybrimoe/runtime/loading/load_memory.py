@@ -31,17 +31,19 @@ def ensure_fits(
     files: Iterable[str] = (),
     stored: int = 0,
     kept: Callable[[str], str | None] | None = None,
+    beside: int = 0,
 ) -> None:
     """Raise InsufficientMemoryError, before any is taken, if the load cannot fit into host memory.
 
     model: on the meta device. The peak is all packed experts (of experts with a budget `ram`, what
     that holds and one packed layer), the dense weights, and what the loader needs besides.
     files: those that transformers maps. stored: tensors of the checkpoint. kept: the format of the
-    experts of a name, where they come from files of their own, which prescribe it.
+    experts of a name, where they come from files of their own, which prescribe it. beside: bytes that
+    are not in the model's parameters, such as packed dense layers.
     """
     footprint = footprint_to_load(model, kept_dtypes(model, model.dtype))
     streams = kept is not None or packs_on_arrival(model)
-    dense = footprint.dense_bytes - _tied_later(model)
+    dense = footprint.dense_bytes - _tied_later(model) + beside
     footprint = replace(footprint, dense_bytes=dense, stored=stored, streams=streams)
     footprint = footprint if kept is None else footprint.keeping(kept)
     have = host_memory(mapped=sum(os.path.getsize(file) for file in files))

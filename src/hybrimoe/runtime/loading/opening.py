@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from transformers.utils.hub import cached_file
 
 from hybrimoe.config import Config
 from hybrimoe.errors import CheckpointError, CheckpointNotFoundError, ConfigError
-from hybrimoe.runtime.formats import choice_of
 from hybrimoe.runtime.loading.checkpoints import (
     CONVERT,
     INDEX,
@@ -20,9 +20,13 @@ from hybrimoe.runtime.loading.checkpoints import (
     examine_folder,
     read_index,
 )
+from hybrimoe.runtime.loading.companions import origin_of
 from hybrimoe.runtime.loading.load_memory import ensure_fits
-from hybrimoe.runtime.loading.packed_files import DENSE, check_dense, read_manifest
-from hybrimoe.runtime.loading.quantizer import PackedConfig, check_device_map
+from hybrimoe.runtime.loading.missing import refuse_missing
+from hybrimoe.runtime.loading.packed_folder import PackedFolder, is_packed
+from hybrimoe.runtime.loading.packed_manifest import read_manifest
+from hybrimoe.runtime.loading.packed_source import check_dtype, open_packed
+from hybrimoe.runtime.loading.quantizer import bytes_bar, check_device_map, is_automatic
 from hybrimoe.runtime.loading.skeleton import build_skeleton, first_line, read_config, weight_dtype
 from hybrimoe.runtime.quantized import refuse_declared
 
@@ -34,6 +38,8 @@ REFUSED = {
     "distributed_config": "a model spread over processes cannot be loaded packed",
     "device_mesh": "a model spread over processes cannot be loaded packed",
     "ignore_mismatched_sizes": "weights of other shapes belong to another model",
+    "max_memory": "vram= and ram= say how much experts may take",
+    "offload_folder": "spill= names the folder of experts beyond ram=",
 }
 """Arguments of transformers' from_pretrained that mean something else here, and what to do."""
 HUB = (
@@ -49,11 +55,14 @@ HUB = (
 
 
 def load(
-    name: str | os.PathLike[str], config: Config, is_format_given: bool, hf_kwargs: dict[str, Any]
+    name: str | os.PathLike[str],
+    config: Config,
+    given: Collection[str],
+    hf_kwargs: dict[str, Any],
 ) -> Any:
     """What `hybrimoe.from_pretrained` does.
 
-    is_format_given: whether `weights` was asked for by name; else packed files decide it.
+    given: the fields of `config` that were asked for by name; packed files decide the others.
     """
     for argument, advice in REFUSED.items():
         if hf_kwargs.get(argument):
@@ -61,17 +70,19 @@ def load(
     if hf_kwargs.get("use_safetensors") is False:
         raise CheckpointError(f"use_safetensors=False asks for pickles: {CONVERT}")
     check_device_map(hf_kwargs.get("device_map"))
+    if is_automatic(hf_kwargs.get("device_map")):
+        hf_kwargs = {key: value for key, value in hf_kwargs.items() if key != "device_map"}
     if hf_kwargs.get("gguf_file") is not None:
         from hybrimoe.runtime.loading.gguf_file import load_gguf  # an extra
 
-        return load_gguf(name, config, is_format_given, hf_kwargs)
+        return load_gguf(name, config, "weights" in given, hf_kwargs)
     folder = Path(name)
     if folder.is_dir():
         folder = folder / (hf_kwargs.get("subfolder") or "")
         manifest = read_manifest(folder)
         while manifest is not None:
             try:
-                return load_packed(folder, manifest, config, is_format_given, hf_kwargs)
+                return load_packed(folder, manifest, config, given, hf_kwargs)
             except (CheckpointError, CheckpointNotFoundError):
                 newer = read_manifest(folder)  # a save may have taken the old files away
                 if newer == manifest:
@@ -86,37 +97,29 @@ def load(
     model_class, _ = class_of(name, hf_kwargs)
     if not folder.is_dir() and not hf_kwargs.get("trust_remote_code"):
         ensure_remote_fits(str(name), config, hf_kwargs)
-    return model_class.from_pretrained(name, quantization_config=config, **hf_kwargs)
+    told = {**hf_kwargs, "quantization_config": config, "output_loading_info": True}
+    model, found = model_class.from_pretrained(name, **told)
+    refuse_missing(found["missing_keys"])  # the class was our choice: not even a head may be new
+    model.hybrimoe.origin = origin_of(os.fspath(name), hf_kwargs)
+    return (model, found) if hf_kwargs.get("output_loading_info") else model
 
 
 def load_packed(
     folder: Path,
     manifest: dict[str, Any],
     config: Config,
-    is_format_given: bool,
+    given: Collection[str],
     hf_kwargs: dict[str, Any],
 ) -> Any:
-    """Load what `save_packed` wrote: the dense weights by transformers, the experts by ourselves."""
-    dtype = manifest["layers"][0]["dtype"]
-    stored = choice_of(layer["weights"] for layer in manifest["layers"])
-    if (is_format_given or config.weights != "native") and config.weights != stored:
-        raise ConfigError(
-            f"weights must be {stored!r}, which the experts in {folder} were packed as, got "
-            f"{config.weights!r}; load the original checkpoint to pack them again"
-        )
-    asked = hf_kwargs.get("dtype") or hf_kwargs.get("torch_dtype") or "auto"
-    if asked != "auto" and str(asked).removeprefix("torch.") != dtype:
-        raise ConfigError(f"dtype must be {dtype}, which {folder} was saved in, got {asked}")
-    part = folder / manifest["folder"]
-    check_dense(part, manifest)
-    ours = {"dtype", "torch_dtype", "subfolder", "variant", "use_safetensors"}
+    """Load what `save_packed` wrote: the dense weights by transformers, all else by ourselves."""
+    packed = open_packed(folder, manifest, config, bytes_bar, given)
+    check_dtype(hf_kwargs.get("dtype") or hf_kwargs.get("torch_dtype"), packed.dtype, folder)
+    ours = {"dtype", "torch_dtype", "subfolder", "variant", "use_safetensors", "revision"}
     hf_kwargs = {key: value for key, value in hf_kwargs.items() if key not in ours}
-    model_class, model_config = class_of(part, hf_kwargs)
-    model_config.transformers_weights = DENSE
-    packed = PackedConfig(config.replace(weights=stored), manifest, part)
-    return model_class.from_pretrained(
-        part, config=model_config, quantization_config=packed, dtype=dtype, **hf_kwargs
-    )
+    model_class, model_config = class_of(packed.folder, hf_kwargs)
+    packed.lend(model_config)
+    given_config = {"config": model_config, "quantization_config": packed, "dtype": packed.dtype}
+    return model_class.from_pretrained(packed.folder, **given_config, **hf_kwargs)
 
 
 def examine_remote(name: str, hf_kwargs: dict[str, Any]) -> None:
@@ -149,6 +152,8 @@ def class_of(name: str | os.PathLike[str], hf_kwargs: dict[str, Any]) -> tuple[A
     names), and the configuration."""
     place = {key: hf_kwargs[key] for key in (*HUB, "trust_remote_code") if key in hf_kwargs}
     config = read_config(name, **place)
+    if is_packed(getattr(config, "quantization_config", None)):
+        PackedFolder({}).find(os.fspath(name))
     folder = Path(name) / (hf_kwargs.get("subfolder") or "")
     refuse_declared(os.fspath(name), config, dtypes_in(folder, hf_kwargs.get("variant")))
     text = transformers.AutoModelForCausalLM

@@ -1,9 +1,11 @@
 """Packed experts on disk: a folder that loads at the speed of reading.
 
     hybrimoe.json            the manifest: what the other files must be; replaced in one step
+    config.json, tokenizer.json ...    what transformers looks for in a folder
     packed-3f09c2/           all files of one save; the manifest names the folder that counts
         config.json, dense.safetensors
         experts-00000.safetensors    one layer's blobs [E, expert_bytes] uint8, page-aligned
+        linears.safetensors          packed dense layers, where there are any
 
 A save never touches files of an earlier one: until its manifest is in place the old one holds, and a
 killed process leaves a folder that nothing names, which the next save removes.
@@ -15,11 +17,11 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from filelock import FileLock
@@ -31,73 +33,75 @@ from hybrimoe.kernels.layout import is_integer
 from hybrimoe.kernels.threads import usable_cores
 from hybrimoe.policy.cost import write_atomically
 from hybrimoe.runtime.experts import PooledExperts
-from hybrimoe.runtime.loading.checkpoints import check_file, parse_json, read_header
-from hybrimoe.runtime.loading.reading import read_at
+from hybrimoe.runtime.formats import choice_of
+from hybrimoe.runtime.linears import PackedLinear
+from hybrimoe.runtime.loading.checkpoints import check_file, read_header
+from hybrimoe.runtime.loading.companions import copy_companions
+from hybrimoe.runtime.loading.packed_blobs import PAGE, file_sum, read_blob, write_blobs
+from hybrimoe.runtime.loading.packed_folder import INDEX, METHOD, MISSING_FILE
+from hybrimoe.runtime.loading.packed_linears import StoredLinear, write_linears
+from hybrimoe.runtime.loading.packed_manifest import (
+    DENSE,
+    KERNEL_LAYOUT,
+    MANIFEST,
+    PREFIX,
+    SCHEMAS,
+    file_name,
+)
 from hybrimoe.runtime.pool import checksum
 
-MANIFEST, DENSE, LOCK = "hybrimoe.json", "dense.safetensors", ".hybrimoe.lock"
-PREFIX = "packed-"
-SCHEMA = 1
-KERNEL_LAYOUT = 1
-"""Raised when a change of the kernels gives the bytes of a blob another meaning."""
-PAGE = 4096
-CHUNK = 8 << 20
-"""Bytes read and summed at a time: few enough to be summed in the cache."""
-LARGEST_MANIFEST = 16 << 20
+LOCK = ".hybrimoe.lock"
 
 
-def save(
-    model: Any,
-    layers: list[PooledExperts],
-    folder: Path,
-    progress: Callable[[int], object] = lambda _: None,
-) -> None:
-    """Write a wrapped model's packed experts, dense weights and manifest into a folder.
+class Parts(NamedTuple):
+    """What is written of a wrapped model.
 
-    progress: told the bytes of each layer that is written.
+    linear: the `Config.linear` that packed its dense layers. origin: the folder it came from, if known.
+    """
+
+    model: Any
+    layers: list[PooledExperts]
+    linears: list[PackedLinear]
+    linear: str | None
+    origin: Path | None
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of all packed experts and dense layers."""
+        experts = sum(layer.packed.blobs.nbytes for layer in self.layers)
+        return experts + sum(linear.packed_bytes for linear in self.linears)
+
+
+def save(parts: Parts, folder: Path, progress: Callable[[int], object] = lambda _: None) -> None:
+    """Write a wrapped model's packed layers, dense weights and manifest into a folder.
+
+    progress: told the bytes that are written, part by part.
     Raises StorageError, with the old content whole, if the disk is full or refuses.
     """
     if folder.exists() and not folder.is_dir():
         raise StorageError(f"{folder} must be a folder, it is a file")
-    dense = dense_state(model)
+    dense = dense_state(parts.model)
     with _failures_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        need = sum(layer.packed.blobs.nbytes + PAGE for layer in layers)
+        need = parts.packed_bytes + PAGE * (len(parts.layers) + 1)
         need += sum(tensor.nbytes for tensor in dense.values())
         free = shutil.disk_usage(folder).free
         if need > free:
             raise StorageError(f"{folder} needs {need} bytes, its disk has {free} free")
         with FileLock(folder / LOCK):
-            _save_locked(model, layers, dense, folder, progress)
+            _save_locked(parts, dense, folder, progress)
 
 
 def _save_locked(
-    model: Any,
-    layers: list[PooledExperts],
-    dense: dict[str, Tensor],
-    folder: Path,
-    progress: Callable[[int], object],
+    parts: Parts, dense: dict[str, Tensor], folder: Path, progress: Callable[[int], object]
 ) -> None:
     part = folder / f"{PREFIX}{uuid.uuid4().hex[:12]}"
     try:
         part.mkdir()
-        model.save_pretrained(part, state_dict=dense, max_shard_size="100TB")
-        os.replace(part / "model.safetensors", part / DENSE)
-        entries = []
-        for at, layer in enumerate(layers):
-            entries.append(_write_layer(layer, part, at))
-            progress(layer.packed.blobs.nbytes)
-        manifest = {
-            "schema_version": SCHEMA,
-            "kernel_layout": KERNEL_LAYOUT,
-            "folder": part.name,
-            "dense": {"bytes": (part / DENSE).stat().st_size, "checksum": _file_sum(part / DENSE)},
-            "layers": entries,
-        }
+        manifest = _write_part(parts, dense, part, progress)
         for file in (*part.iterdir(), part):
             _sync(file)
-        # For AutoConfig and AutoTokenizer, which look in the folder itself.
-        write_atomically(folder / "config.json", (part / "config.json").read_bytes())
+        _write_face(parts, part, folder)
         write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
         _sync(folder)
     except BaseException:
@@ -106,6 +110,45 @@ def _save_locked(
     for old in folder.glob(f"{PREFIX}*"):
         if old != part:
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_face(parts: Parts, part: Path, folder: Path) -> None:
+    """What transformers looks for in the folder itself."""
+    config = json.loads((part / "config.json").read_bytes())
+    formats = {layer["weights"] for layer in map(describe, parts.layers)}
+    settings = {"weights": choice_of(formats), "linear": parts.linear}
+    config["quantization_config"] = {"quant_method": METHOD, **settings}
+    index = {"metadata": {}, "weight_map": {METHOD: MISSING_FILE}}
+    for name, content in (("config.json", config), (INDEX, index)):
+        write_atomically(folder / name, json.dumps(content, indent=2, sort_keys=True).encode())
+    generation = part / "generation_config.json"
+    if generation.is_file():
+        write_atomically(folder / generation.name, generation.read_bytes())
+    copy_companions(parts.origin, folder)
+
+
+def _write_part(
+    parts: Parts, dense: dict[str, Tensor], part: Path, progress: Callable[[int], object]
+) -> dict[str, Any]:
+    """Write all files of one save; returns the manifest."""
+    parts.model.save_pretrained(part, state_dict=dense, max_shard_size="100TB")
+    os.replace(part / "model.safetensors", part / DENSE)
+    entries = []
+    for at, layer in enumerate(parts.layers):
+        entries.append(_write_layer(layer, part, at))
+        progress(layer.packed.blobs.nbytes)
+    manifest = {
+        "schema_version": min(SCHEMAS),
+        "kernel_layout": KERNEL_LAYOUT,
+        "folder": part.name,
+        "dense": {"bytes": (part / DENSE).stat().st_size, "checksum": file_sum(part / DENSE)},
+        "layers": entries,
+    }
+    if parts.linear is not None:
+        linears = write_linears(parts.linears, parts.linear, part)
+        manifest |= {"schema_version": max(SCHEMAS), "linears": linears}
+        progress(sum(linear.packed_bytes for linear in parts.linears))
+    return manifest
 
 
 def dense_state(model: nn.Module) -> dict[str, Tensor]:
@@ -119,6 +162,9 @@ def dense_state(model: nn.Module) -> dict[str, Tensor]:
             continue
         if any(isinstance(parent, PooledExperts) for parent in _parents(model, prefix)):
             continue
+        if isinstance(module, PackedLinear):
+            found |= {f"{prefix}.{name}": tensor for name, tensor in module.kept().items()}
+            continue
         persistent = {
             name: buffer
             for name, buffer in module._buffers.items()
@@ -130,69 +176,22 @@ def dense_state(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a folder that `save` wrote, checked; None if it is another kind of folder."""
-    path = folder / MANIFEST
-    if not os.path.lexists(path):
-        return None
-    if check_file(path, folder) > LARGEST_MANIFEST:
-        raise CheckpointError("is too long for a manifest", path)
-    manifest = parse_json(path.read_bytes(), path)
-    for name, known in (("schema_version", SCHEMA), ("kernel_layout", KERNEL_LAYOUT)):
-        if manifest.get(name) != known:
-            raise CheckpointError(
-                f"{name} must be {known} for this version of hybrimoe, got "
-                f"{str(manifest.get(name))[:40]}; load the original checkpoint and save it again "
-                "with hybrimoe.save_packed",
-                path,
-            )
-    _check_manifest(manifest, path)
-    return manifest
-
-
-def _check_manifest(manifest: dict[str, Any], path: Path) -> None:
-    name, dense, layers = (manifest.get(key) for key in ("folder", "dense", "layers"))
-    plain = isinstance(name, str) and name.startswith(PREFIX) and name[len(PREFIX) :].isalnum()
-    if not plain:
-        raise CheckpointError(f"names {str(name)[:80]!r}, which is no folder of packed files", path)
-    if not _has(dense, {"bytes": int, "checksum": int}):
-        raise CheckpointError("must say the bytes and the checksum of the dense weights", path)
-    if not isinstance(layers, list) or not layers:
-        raise CheckpointError("must list layers", path)
-    for at, entry in enumerate(layers):
-        if not _has(entry, ENTRY) or entry["file"] != _file_name(at):
-            raise CheckpointError(f"holds no valid entry for layer {at}", path)
-
-
-ENTRY = {
-    "name": str,
-    "file": str,
-    "weights": str,
-    "dtype": str,
-    "format": str,
-    "layout": dict,
-    "shapes": dict,
-    "experts": int,
-    "checksum": int,
-}
-"""What the manifest says of a layer, with types."""
-
-
 def check_dense(folder: Path, manifest: dict[str, Any]) -> None:
     """Raise unless the dense weights are those that were saved."""
     path = folder / DENSE
     size, wanted = check_file(path, folder.parent), manifest["dense"]
-    if size != wanted["bytes"] or _file_sum(path) != wanted["checksum"]:
+    if size != wanted["bytes"] or file_sum(path) != wanted["checksum"]:
         raise CheckpointError("is not what was saved: damaged or cut off; save it again", path)
 
 
 def fill(
     layers: list[PooledExperts],
+    linears: Sequence[StoredLinear],
     manifest: dict[str, Any],
     folder: Path,
     progress: Callable[[int], object] = lambda _: None,
 ) -> None:
-    """Read all blobs into the pool, in parallel, and compare their checksums.
+    """Read all blobs, experts' into the pool, in parallel, and compare their checksums.
 
     What a disk tier holds is only compared, and read from these files from now on.
 
@@ -208,15 +207,8 @@ def fill(
         )
     jobs = [_open_layer(layer, entry, folder) for layer, entry in zip(layers, entries)]
     tier = layers[0].pool.tier
-    with ThreadPoolExecutor(max_workers=max(2, min(8, usable_cores()))) as pool:
-        futures = [pool.submit(_read_layer, *job, tier is None) for job in jobs]
-        try:
-            for future, job in zip(futures, jobs):
-                future.result()
-                progress(job[2].nbytes)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    rows = [(linear.path, linear.offset, linear.blob, linear.checksum) for linear in linears]
+    _read([*((*job, tier is None) for job in jobs), *rows], progress)
     for layer, entry, (path, offset, blobs, _) in zip(layers, entries, jobs):
         layer.is_filled, layer.checksum = True, entry["checksum"]
         if tier is not None:
@@ -224,10 +216,23 @@ def fill(
             layer.pool.leave_on_disk(layer.index)
 
 
+def _read(jobs: list[tuple[Any, ...]], progress: Callable[[int], object]) -> None:
+    """Carry out jobs for `read_blob`, some at a time."""
+    with ThreadPoolExecutor(max_workers=max(2, min(8, usable_cores()))) as pool:
+        futures = [pool.submit(read_blob, *job) for job in jobs]
+        try:
+            for future, job in zip(futures, jobs):
+                future.result()
+                progress(job[2].nbytes)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
 def _open_layer(
     layer: PooledExperts, entry: dict[str, Any], folder: Path
 ) -> tuple[Path, int, np.ndarray, int]:
-    """What `_read_layer` needs, once the file's header and the manifest agree with the model."""
+    """What `read_blob` needs, once the file's header and the manifest agree with the model."""
     path = folder / entry["file"]
     blobs = layer.packed.blobs
     if entry != {**describe(layer), "file": entry["file"], "checksum": entry["checksum"]}:
@@ -242,21 +247,6 @@ def _open_layer(
     if stored is None or stored.dtype != "U8" or stored.shape != blobs.shape:
         raise CheckpointError(f"must hold bytes of shape {blobs.shape}", path, layer.name)
     return path, stored.offset, blobs, entry["checksum"]
-
-
-def _read_layer(path: Path, offset: int, blobs: np.ndarray, wanted: int, keep: bool) -> None:
-    flat, total = blobs.reshape(-1), 0
-    passing = np.empty(0 if keep else min(CHUNK, flat.size), np.uint8)
-    with path.open("rb", buffering=0) as file:
-        for at in range(0, flat.size, CHUNK):
-            part = flat[at : at + CHUNK] if keep else passing[: flat.size - at]
-            if read_at(file.fileno(), part, offset + at) < part.size:
-                raise CheckpointError("ended early: it has become shorter", path)
-            total += checksum(part)
-    if total % 2**64 != wanted:
-        raise CheckpointError(
-            "does not have the checksum of the manifest: damaged; save it again", path
-        )
 
 
 def describe(layer: PooledExperts) -> dict[str, Any]:
@@ -275,38 +265,8 @@ def describe(layer: PooledExperts) -> dict[str, Any]:
 
 def _write_layer(layer: PooledExperts, folder: Path, at: int) -> dict[str, Any]:
     blobs = layer.pool.blobs(layer.index)
-    header = json.dumps(
-        {layer.name: {"dtype": "U8", "shape": blobs.shape, "data_offsets": [0, blobs.nbytes]}}
-    ).encode()
-    header += b" " * (-(8 + len(header)) % PAGE)
-    with open(folder / _file_name(at), "xb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        flat = memoryview(blobs.reshape(-1))  # type: ignore[arg-type]
-        for start in range(0, len(flat), CHUNK):
-            file.write(flat[start : start + CHUNK])
-    return {**describe(layer), "file": _file_name(at), "checksum": checksum(blobs)}
-
-
-def _file_name(at: int) -> str:
-    return f"experts-{at:05d}.safetensors"
-
-
-def _file_sum(path: Path) -> int:
-    """Sum of a file's 8-byte words, the last one padded."""
-    total, buffer = 0, np.zeros(CHUNK, np.uint8)
-    with path.open("rb", buffering=0) as file:
-        at = 0
-        while count := read_at(file.fileno(), buffer, at):
-            buffer[count : -(-count // 8) * 8] = 0
-            total += checksum(buffer[: -(-count // 8) * 8])
-            at += count
-    return total % 2**64
-
-
-def _has(values: Any, types: dict[str, type]) -> bool:
-    return isinstance(values, dict) and all(
-        isinstance(values.get(name), kind) for name, kind in types.items()
-    )
+    write_blobs(folder / file_name(at), {layer.name: blobs})
+    return {**describe(layer), "file": file_name(at), "checksum": checksum(blobs)}
 
 
 def _parents(model: nn.Module, path: str) -> Iterator[nn.Module]:

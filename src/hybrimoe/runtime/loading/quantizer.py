@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +19,7 @@ from torch import nn
 from transformers import modeling_utils
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
-from transformers.quantizers import HfQuantizer, auto, register_quantizer
+from transformers.quantizers import HfQuantizer, auto
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.logging import tqdm
 
@@ -33,14 +32,14 @@ from hybrimoe.runtime.loading.arrivals import Arrivals
 from hybrimoe.runtime.loading.checkpoints import dtypes_in, examine_files
 from hybrimoe.runtime.loading.converting import PackingConverter
 from hybrimoe.runtime.loading.load_memory import ensure_fits, own_memory
-from hybrimoe.runtime.loading.packed_files import fill
+from hybrimoe.runtime.loading.missing import Missing
+from hybrimoe.runtime.loading.packed_folder import METHOD, PackedFolder
+from hybrimoe.runtime.loading.packed_linears import StoredLinear
+from hybrimoe.runtime.loading.packed_source import PackedConfig, check_dtype, open_packed
 from hybrimoe.runtime.loading.reading import Reader
 from hybrimoe.runtime.loading.stored_numbers import ensure_plain
 from hybrimoe.runtime.quantized import refuse_declared
 from hybrimoe.runtime.storage.tiers import WeightsOf
-
-METHOD = "hybrimoe"
-"""What `Config.quant_method` says."""
 
 
 class Session(Protocol):
@@ -57,6 +56,9 @@ class Session(Protocol):
         weights: a format of its own, where it has one.
         """
 
+    def adopt(self, stored: Sequence[StoredLinear]) -> None:
+        """Put dense layers into their places that were read packed."""
+
 
 class Source(Protocol):
     """A `Config` for experts that do not come through the loader of transformers."""
@@ -72,51 +74,14 @@ class Source(Protocol):
     def weights_of(self, name: str) -> str | None:
         """The format of the experts of that name; None if there are none."""
 
+    def prepare(self, model: Any) -> Sequence[StoredLinear]:
+        """Dense layers of a model on the meta device that do not come through the loader either."""
+
     def fill(self, arrivals: Arrivals) -> None:
         """Read all experts into the pool."""
 
     def settle(self, model: Any) -> None:
         """Take back from the loaded model what only the loading needed."""
-
-
-@dataclass(frozen=True)
-class PackedConfig:
-    """A `Config` for experts that lie packed in `folder`, which `manifest` describes."""
-
-    config: Config
-    manifest: dict[str, Any]
-    folder: Path
-
-    @property
-    def quant_method(self) -> str:
-        """The name by which transformers finds our loader."""
-        return self.config.quant_method
-
-    @property
-    def keeps_files(self) -> bool:
-        """The disk tier reads the packed files themselves."""
-        return True
-
-    def to_dict(self) -> dict[str, Any]:
-        """The configuration as plain data, which transformers prints."""
-        return self.config.to_dict()
-
-    def weights_of(self, name: str) -> str | None:
-        """The format that the manifest gives a layer."""
-        entries = self.manifest["layers"]
-        return next((entry["weights"] for entry in entries if entry["name"] == name), None)
-
-    def fill(self, arrivals: Arrivals) -> None:
-        """Read all blobs, and compare their checksums."""
-        layers = arrivals.layers
-        total = sum(layer.packed.blobs.nbytes for layer in layers)
-        with bytes_bar("Reading experts", total) as bar:
-            fill(layers, self.manifest, self.folder, bar.update)
-
-    def settle(self, model: Any) -> None:
-        """Name the folder that was asked for, not the one inside it."""
-        del model.config.transformers_weights
-        model.config.name_or_path = model.name_or_path = str(self.folder.parent)
 
 
 Start = Callable[[Config, nn.Module, WeightsOf | None], Session]
@@ -126,12 +91,14 @@ Finish = Callable[[Any, nn.Module], None]
 def register(start: Start, finish: Finish) -> None:
     """Make transformers know `quantization_config=hybrimoe.Config(...)`; again changes nothing.
 
+    Takes the place of what `import hybrimoe` put there to wait for it.
+
     start: makes the runtime of a model without weights, given the formats that files prescribe, if
     any. finish: completes it when all are there.
     """
-    if METHOD not in AUTO_QUANTIZER_MAPPING:
+    if not isinstance(AUTO_QUANTIZER_MAPPING.get(METHOD), type):
         faces = {"start": staticmethod(start), "finish": staticmethod(finish)}
-        register_quantizer(METHOD)(type("HybriMoEQuantizer", (Quantizer,), faces))
+        AUTO_QUANTIZER_MAPPING[METHOD] = type("HybriMoEQuantizer", (Quantizer,), faces)
         _ask_first()
 
 
@@ -160,28 +127,56 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
     finish: Finish
     requires_calibration = False
 
-    def __init__(self, quantization_config: Config | Source, **kwargs: Any) -> None:
+    def __init__(self, quantization_config: Config | Source | PackedFolder, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.packed: Source | None = None
-        if not isinstance(quantization_config, Config):
-            self.packed, quantization_config = quantization_config, quantization_config.config
-        self.config = quantization_config
+        if isinstance(quantization_config, PackedFolder):
+            self.config = quantization_config.given or Config()
+        elif isinstance(quantization_config, Config):
+            self.config = quantization_config
+        else:
+            self.packed, self.config = quantization_config, quantization_config.config
         self.session: Session | None = None
         self.arrivals: Arrivals | None = None
         self.reader: Reader | None = None
+        self.missing: Missing | None = None
+        self.linears: Sequence[StoredLinear] = ()
         self.model: Any = None
         self.shapes: dict[str, torch.Size] = {}
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuse what would take weights to where the pool is not."""
-        if self.pre_quantized:
-            raise UnsupportedModelError(
-                "the checkpoint says it is quantized by hybrimoe; load it by hybrimoe.from_pretrained"
-            )
         check_device_map(device_map)
 
+    def update_device_map(self, device_map: Any) -> Any:
+        """ "auto" leaves the placing to hybrimoe: all is loaded to the CPU."""
+        return None if is_automatic(device_map) else device_map
+
+    def update_tp_plan(self, config: Any) -> Any:
+        """Called before the files are looked for, by transformers up to some version."""
+        return self._open_folder(config)
+
+    def update_ep_plan(self, config: Any) -> Any:
+        """Called at the same time."""
+        return self._open_folder(config)
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Called at the same time, by later versions."""
+        return self._open_folder(config)
+
+    def _open_folder(self, config: Any) -> Any:
+        """Where transformers loads a packed folder, have it read the dense weights and no others."""
+        if isinstance(self.quantization_config, PackedFolder) and self.packed is None:
+            folder, manifest = self.quantization_config.find(str(config.name_or_path or ""))
+            self.packed = open_packed(folder, manifest, self.config, bytes_bar)
+            self.packed.lend(config, f"{manifest['folder']}/")
+            self.config = self.packed.config
+        return config
+
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Refuse a dtype that experts cannot have."""
+        """Refuse a dtype that experts cannot have, or that packed ones do not have."""
+        if isinstance(self.packed, PackedConfig):
+            check_dtype(dtype, self.packed.dtype, self.packed.folder.parent)
         formats.format_of(self.config.weights, dtype)
         return dtype
 
@@ -194,14 +189,16 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
             catalogue = examine_files(checkpoint_files, folder_of(model, checkpoint_files))
             ensure_plain(model, catalogue)
             self.reader = Reader(catalogue) if self.packed is None else None
-        self.model = model
+        self.model, self.missing = model, Missing(model)
+        self.linears = () if self.packed is None else self.packed.prepare(model)
         self.shapes = {name: p.shape for name, p in model.named_parameters()}
         with torch.device("cpu"):  # transformers builds models under the meta device
             found = find_experts(model)
             stored = len(self.reader.catalogue) if self.reader is not None else 0
             kept = None if self.packed is None else self.packed.weights_of
             budget = self.config.weights, self.config.ram
-            ensure_fits(model, *budget, checkpoint_files or (), stored, kept)
+            beside = sum(linear.blob.nbytes for linear in self.linears)
+            ensure_fits(model, *budget, checkpoint_files or (), stored, kept, beside)
             self.session = self.start(self.config, model, kept)
             if self.packed is None or not self.packed.keeps_files:
                 self.session.make_room()
@@ -236,6 +233,8 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
         assert self.arrivals is not None
         self.arrivals.finish()
         self._check_shapes(model)
+        assert self.missing is not None
+        self.missing.check(may_add_head=not self.is_own)
         if self.packed is not None:
             self.packed.settle(model)
         if self.packed is None or self.packed.keeps_files:
@@ -249,10 +248,18 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
             if hasattr(module, "config") and hasattr(module.config, "_is_quantized"):
                 del module.config._is_quantized
         session, reader = self.session, self.reader
-        self.session = self.arrivals = self.reader = self.model = None
+        assert session is not None
+        session.adopt(self.linears)
+        self.session = self.arrivals = self.reader = self.model = self.missing = None
+        self.linears = ()
         if reader is not None:
             reader.close()
         self.finish(session, model)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the class of the model was our choice, so that a head is never meant to be new."""
+        return self.packed is not None and self.packed is self.quantization_config
 
     def is_serializable(self) -> bool:
         """A wrapped model saves the weights as the checkpoint has them."""
@@ -304,14 +311,20 @@ def bytes_bar(what: str, total: int) -> Any:
     return tqdm(total=total, desc=what, unit="B", unit_scale=True)
 
 
+def is_automatic(device_map: Any) -> bool:
+    """Whether a device_map leaves the placing to hybrimoe."""
+    return isinstance(device_map, str) and device_map == "auto"
+
+
 def check_device_map(device_map: Any) -> None:
-    """Raise ConfigError unless everything is loaded to the CPU."""
+    """Raise ConfigError unless everything is loaded to the CPU, or left to us."""
     places = device_map.values() if isinstance(device_map, dict) else [device_map]
-    if any(place is not None and str(place) != "cpu" for place in places):
-        raise ConfigError(
-            f"device_map must be left out or 'cpu', got {device_map!r}: hybrimoe places the experts, "
-            "and hybrimoe.Config(device=...) says where the dense part computes"
-        )
+    if is_automatic(device_map) or all(place is None or str(place) == "cpu" for place in places):
+        return
+    raise ConfigError(
+        f"device_map must be left out, 'auto' or 'cpu', got {device_map!r}: hybrimoe places the "
+        "experts, and hybrimoe.Config(device=...) says where the dense part computes"
+    )
 
 
 def folder_of(model: Any, files: list[str]) -> Path:

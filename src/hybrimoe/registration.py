@@ -1,0 +1,66 @@
+"""transformers knows packed folders as soon as both are imported, in whatever order.
+
+`import hybrimoe` must stay cheap, so it imports neither transformers nor torch: it waits on the import
+path for the one module that holds transformers' table of quantizers, and adds a line to it then.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import Any
+
+from hybrimoe.runtime.loading.packed_folder import METHOD, PackedFolder, is_packed
+
+TABLE = "transformers.quantizers.auto"
+
+
+def announce() -> None:
+    """Register now if transformers' quantizers are imported, else when they are."""
+    table = sys.modules.get(TABLE)
+    if table is not None and hasattr(table, "AutoHfQuantizer"):
+        register(table)
+    if not any(isinstance(finder, _Waiting) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Waiting())
+
+
+def register(table: Any) -> None:
+    """Make transformers' quantizers know packed folders; again changes nothing."""
+    if METHOD in table.AUTO_QUANTIZATION_CONFIG_MAPPING:
+        return
+
+    def make_quantizer(config: Any, **how: Any) -> Any:
+        # Ours needs much of transformers, which is not imported yet when the table is.
+        importlib.import_module("hybrimoe.pretrained").make_known()
+        return table.AUTO_QUANTIZER_MAPPING[METHOD](config, **how)
+
+    table.AUTO_QUANTIZER_MAPPING.setdefault(METHOD, make_quantizer)
+    table.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = PackedFolder
+    merge = table.AutoHfQuantizer.merge_quantization_configs
+
+    def merge_quantization_configs(cls: type, stored: Any, given: Any) -> Any:
+        """transformers would drop what the user gave, with a warning, but for classes of its own."""
+        return PackedFolder.merged(stored, given) if is_packed(stored) else merge(stored, given)
+
+    table.AutoHfQuantizer.merge_quantization_configs = classmethod(merge_quantization_configs)
+
+
+class _Waiting:
+    """A finder that finds nothing itself: it has `register` called after one module is executed."""
+
+    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> Any:
+        if name != TABLE:
+            return None
+        others = (finder for finder in sys.meta_path if not isinstance(finder, _Waiting))
+        found = (finder.find_spec(name, path, target) for finder in others)
+        spec = next((spec for spec in found if spec is not None), None)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module: ModuleType) -> None:
+                execute(module)
+                register(module)
+
+            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
