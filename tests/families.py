@@ -25,6 +25,7 @@ DECORATED = re.compile(r"^@use_experts_implementation\b.*?^class (\w+)", re.DOTA
 # Passed to a config only where it has such a field, so that one table fits all families.
 SIZES: dict[str, Any] = {
     "vocab_size": 128,
+    "unpadded_vocab_size": 128,
     "hidden_size": 64,
     "num_hidden_layers": 2,
     "pad_token_id": 0,
@@ -111,6 +112,16 @@ COMPRESSED = {"compressed_sparse_attention": 4, "heavily_compressed_attention": 
 DENSE_FIRST = {"num_hidden_layers": 3, "first_k_dense_replace": 1}
 # The sections must add up to half of the rotated part of a head.
 MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}
+# The layer in the middle runs twice in each pass, each time with a cache of its own.
+LOOPED = {
+    "num_hidden_layers": 3,
+    "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"],
+    "n_layers_per_attn_res_block": 1,
+    "loop_layer_index_start": 1,
+    "loop_layer_index_end": 2,
+    "loop_num_passes": 2,
+    "loop_gate_rank": 16,
+}
 
 
 @dataclass(frozen=True)
@@ -171,12 +182,17 @@ RECIPES = {
     "hunyuan_v1_moe": Recipe("HunYuanMoEV1ForCausalLM"),
     "hy_v3": Recipe("HYV3ForCausalLM"),
     "hy_v4": Recipe("HYV4ForCausalLM"),
+    "hy_v4_vl": Recipe(
+        "HYV4VLTextModel", {"rope_parameters": MROPE | {"mrope_section": [2, 1, 1]}}
+    ),
     "inkling": Recipe("InklingForCausalLM"),
     "inkling2": Recipe("Inkling2ForCausalLM"),
+    "inkling2_loop": Recipe("Inkling2LoopForCausalLM", LOOPED),
     "jamba": Recipe("JambaForCausalLM"),
     "kimi_linear": Recipe("KimiLinearForCausalLM", LINEAR),
     "kolibri1": Recipe("Kolibri1ForCausalLM"),
     "laguna": Recipe("LagunaForCausalLM"),
+    "lara_mini": Recipe("LaraMiniForCausalLM", LINEAR | {"tie_word_embeddings": False}),
     "lfm2_moe": Recipe("Lfm2MoeForCausalLM", {"layer_types": ["conv", "full_attention"]}),
     "mellum": Recipe("MellumForCausalLM"),
     "mimo_v2_flash": Recipe("MiMoV2FlashForCausalLM", {"num_key_value_heads": 2}),
