@@ -16,8 +16,8 @@ MODULES = {
 }
 FLOORS = ("kernels", "policy", "runtime")
 ALLOWED = {
-    "kernels": {"kernels", "errors", "caching"},
-    "policy": {"policy", "errors", "caching"},
+    "kernels": {"kernels", "errors", "caching", "linking"},
+    "policy": {"policy", "errors", "caching", "linking"},
     "runtime": {"runtime", "policy", "kernels", "errors", "config"},
 }
 TORCHLESS = ("torch", "transformers", "accelerate", "safetensors")

@@ -56,7 +56,8 @@ def blend(
     for n in tokens:
         total += n
     out = score[layer]
-    out[:] = recent[layer]
+    for f in range(out.size):  # assigned as a whole, numba compiles an error's text for 3 s
+        out[f] = recent[layer, f]
     for i in range(experts.size):
         share = weight * tokens[i] / max(total, 1)
         for f in range(out.size):

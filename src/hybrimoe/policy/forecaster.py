@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from hybrimoe.errors import ConfigError
-from hybrimoe.policy.jit import compiled
+from hybrimoe.policy.jit import compiled, inner
 from hybrimoe.policy.routing import Forecast, Load
 from hybrimoe.policy.sizes import expert_counts
 from hybrimoe.policy.timeline import Array
@@ -125,7 +125,7 @@ def _learn(
         seen[layer, e] = 1
 
 
-@compiled
+@inner
 def _move(table: Array, given: Array, experts: Array, rate: float) -> None:
     """Move the rows of the given experts towards what was activated."""
     for e in range(given.size):

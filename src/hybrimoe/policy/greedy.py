@@ -6,7 +6,7 @@ Arguments as in `planning`.
 import numpy as np
 
 from hybrimoe.policy.cost import FIRST, LATENCY, LOAD_CONTENDED, SHARDS
-from hybrimoe.policy.jit import compiled, inlined
+from hybrimoe.policy.jit import compiled, inlined, inner
 from hybrimoe.policy.planning import (
     BETTER,
     CPU,
@@ -55,7 +55,7 @@ def gains_hybrid(
             moved[i] = ready[i]
 
 
-@compiled
+@inner
 def hybrid(
     tokens: Array, ready: Array, lanes: Array, cost: Array, share: Array, order: Array
 ) -> float:
@@ -70,11 +70,12 @@ def hybrid(
         seconds = makespan(tokens, ready, lanes, cost, trial, order)
         if seconds < best:
             best = seconds
-            share[:] = trial
+            for i in range(tokens.size):
+                share[i] = trial[i]
     return float(_refuse(tokens, ready, lanes, cost, share, order, best))
 
 
-@compiled
+@inner
 def _greedy(
     tokens: Array, ready: Array, lanes: Array, cost: Array, share: Array, order: Array
 ) -> None:
@@ -146,7 +147,7 @@ def _queues(where: Array, share: Array, order: Array) -> tuple[int, int, int, in
     return top, high, low, steal
 
 
-@compiled
+@inner
 def _refuse(
     tokens: Array, ready: Array, lanes: Array, cost: Array, share: Array, order: Array, best: float
 ) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 import numba
 
 from hybrimoe.caching import Stamp, cache_for, sources_stamp
+from hybrimoe.linking import LinkedCompiler
 
 NOT_COMPILED = {
     *("cache.py", "checking.py", "drawing.py", "engine.py", "fitting.py", "presets.py"),
@@ -19,9 +20,15 @@ NOT_COMPILED = {
 
 def compiled(function: Callable[..., Any]) -> Any:
     """Compile a function over arrays and numbers, and keep its machine code for the next process."""
-    dispatcher = numba.njit(function)
+    dispatcher = numba.njit(no_cfunc_wrapper=True)(function)
     dispatcher._cache = cache_for(function, _sources_stamp())
     return dispatcher
+
+
+def inner(function: Callable[..., Any]) -> Any:
+    """A function that only compiled functions call: it becomes part of their cached code."""
+    options = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    return numba.njit(pipeline_class=LinkedCompiler, **options)(function)
 
 
 def inlined(function: Callable[..., Any]) -> Any:

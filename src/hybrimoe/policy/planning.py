@@ -23,7 +23,7 @@ from hybrimoe.policy.cost import (
     SHARDS,
     TOKEN,
 )
-from hybrimoe.policy.jit import compiled, inlined
+from hybrimoe.policy.jit import compiled, inlined, inner
 from hybrimoe.policy.timeline import Array
 
 CPU, GPU, LINK = 0, 1, 2
@@ -79,7 +79,7 @@ def makespan(
     return float(max(gpu, cpu_end(start, alone, contended, link)))
 
 
-@compiled
+@inner
 def ends(
     tokens: Array, ready: Array, lanes: Array, cost: Array, share: Array, order: Array
 ) -> tuple[float, float, float, float, float]:
@@ -114,7 +114,7 @@ def ends(
     return gpu, link, lanes[CPU] + cost[FIRST], alone, contended
 
 
-@compiled
+@inner
 def _wire(
     tokens: Array, ready: Array, cost: Array, share: Array, order: Array, gpu: float
 ) -> float:
@@ -133,13 +133,13 @@ def _wire(
         last = arrival
 
 
-@compiled
+@inner
 def relative(free: Array, now: float) -> Array:
     """[4] seconds until each lane is free."""
     return np.maximum(free - now, 0.0)
 
 
-@compiled
+@inner
 def list_experts(
     experts: Array, ready: Array, shards: int, out: Array, order: Array
 ) -> tuple[int, int, int]:

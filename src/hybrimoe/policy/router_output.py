@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from hybrimoe.policy.jit import compiled
+from hybrimoe.policy.jit import compiled, inner
 from hybrimoe.policy.routing import Forecast, Load
 from hybrimoe.policy.timeline import Array
 
@@ -70,7 +70,7 @@ def read_forecast(layer: int, ids: Array, logits: Array, scoring: int = SOFTMAX)
     return Forecast(layer, experts, tokens, probability)
 
 
-@compiled
+@inner
 def _score(logits: Array, scoring: int, out: Array) -> None:
     """out [E] = the scores of one token, none below zero."""
     top = logits[0]
@@ -155,10 +155,21 @@ def _activated(counts: Array) -> tuple[Array, Array]:
 @compiled
 def _ranked(expected: Array, none: Array) -> tuple[Array, Array, Array]:
     """Experts that are expected at all, with their tokens and probability."""
-    order = np.argsort(-expected, kind="mergesort")[: np.count_nonzero(expected)]
-    experts, tokens = order.astype(np.int32), np.empty(order.size, np.int32)
-    probability = np.empty(order.size)
-    for i, e in enumerate(order):
+    size = 0
+    for value in expected:
+        size += value > 0.0
+    experts, tokens = np.empty(size, np.int32), np.empty(size, np.int32)
+    probability = np.empty(size)
+    size = 0
+    for e in range(expected.size):  # an insertion sort, because numba's argsort compiles for 2 s
+        if expected[e] > 0.0:
+            i = size
+            while i > 0 and expected[experts[i - 1]] < expected[e]:
+                experts[i] = experts[i - 1]
+                i -= 1
+            experts[i] = e
+            size += 1
+    for i, e in enumerate(experts):
         probability[i] = -np.expm1(none[e])
         tokens[i] = max(round(expected[e] / probability[i]), 1)
     return experts, tokens, probability

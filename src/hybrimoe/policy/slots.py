@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from hybrimoe.policy.jit import compiled, inlined
+from hybrimoe.policy.jit import compiled, inlined, inner
 from hybrimoe.policy.timeline import Array
 
 RATE = 0.05  # weight of the newest step in Books.rate: the last twenty steps count most
@@ -103,7 +103,7 @@ def top_p_update(
         score[layer, e] = (1.0 - keep) * s + keep * score[layer, e]
 
 
-@compiled
+@inner
 def _threshold(scores: Array, p: int) -> float:
     """The p-th largest score, or the smallest where there are fewer."""
     if p >= scores.size:
@@ -253,7 +253,7 @@ def claim_each(
         if found[0] < 0:
             break  # what is worth less will not get a slot either
         claims[count, 0] = wanted[best]
-        claims[count, 1:] = found
+        claims[count, 1], claims[count, 2], claims[count, 3], claims[count, 4] = found
         count += 1
     return count
 
@@ -304,12 +304,12 @@ def claim_copies(
         )
         if found[0] < 0:
             return
-        rows[best, 2:] = found
+        rows[best, 2], rows[best, 3], rows[best, 4], rows[best, 5] = found
         if rows[best, 1] < shards:
             arrival[found[0]] = np.inf
 
 
-@compiled
+@inner
 def _worthiest(worth: Array, slot: Array, layer: int, wanted: Array, tried: Array) -> int:
     """Which of the absent experts that were not tried yet is worth most, -1 for none."""
     best = -1

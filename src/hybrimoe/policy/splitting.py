@@ -6,7 +6,7 @@ Arguments as in `planning`.
 import numpy as np
 
 from hybrimoe.policy.cost import EXPERT, EXPERT_CONTENDED, FIRST, LATENCY, LOAD_CONTENDED, SHARDS
-from hybrimoe.policy.jit import compiled
+from hybrimoe.policy.jit import compiled, inner
 from hybrimoe.policy.planning import (
     BETTER,
     CPU,
@@ -56,7 +56,7 @@ def gains_split(
             moved[i] = ready[i]
 
 
-@compiled
+@inner
 def split(
     tokens: Array, ready: Array, lanes: Array, cost: Array, share: Array, order: Array
 ) -> float:
@@ -82,7 +82,8 @@ def split(
     everywhere = np.full(tokens.size, np.int32(shards))
     seconds = makespan(tokens, ready, lanes, cost, everywhere, order)
     if seconds < best * BETTER:
-        share[:] = everywhere
+        for i in range(tokens.size):
+            share[i] = shards
         return float(seconds)
     for k in range(held - stolen, held):
         share[here[k]] = 0
@@ -93,7 +94,7 @@ def split(
     return float(makespan(tokens, ready, lanes, cost, share, order))
 
 
-@compiled
+@inner
 def _sides(ready: Array, order: Array) -> tuple[Array, Array, int]:
     """Experts that need no copy, residents first and then by arrival, and those that do."""
     here = np.empty(order.size, np.int64)
@@ -113,7 +114,7 @@ def _sides(ready: Array, order: Array) -> tuple[Array, Array, int]:
     return here, missing[:absent], held
 
 
-@compiled
+@inner
 def _divide(
     tokens: Array,
     lanes: Array,
