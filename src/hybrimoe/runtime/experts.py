@@ -234,11 +234,12 @@ class PooledExperts(Rooted):
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """Its own, and a stand-in for each packed one, by which PEFT finds what it may target.
 
-        The model's `named_parameters` does not ask here: to it, experts have none.
+        The model's `named_parameters` does not ask here: to it, experts have none. The order is the
+        original's, as the names of what an adapter saves depend on it.
         """
         prefix = kwargs.get("prefix", args[0] if args else "")
         yield from super().named_parameters(*args, **kwargs)
-        for name in self.shapes:
+        for name in filter(self.shapes.__contains__, self.original._parameters):
             yield f"{prefix}.{name}" if prefix else name, self.stand_in(name)
 
     def __getattr__(self, name: str) -> Any:

@@ -105,8 +105,9 @@ def refuse_load(names: list[str]) -> None:
     """Raise if a state dict has weights of these names, which are packed."""
     if names:
         raise WrappedModelError(
-            f"a wrapped model cannot load a state dict with packed weights, got {names[0]} and "
-            f"{len(names) - 1} more; call hybrimoe.unwrap(model) first, or leave them out"
+            "a wrapped model cannot load a state dict; call hybrimoe.unwrap(model) first: "
+            f"{len(names)} of its tensors are packed here, such as {names[0]}; what is left without "
+            "them can be loaded"
         )
 
 

@@ -51,5 +51,5 @@ class StandIn(nn.Parameter):
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"StandIn({self.label}, {tuple(self.shape)}, {self.dtype})"
