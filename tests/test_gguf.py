@@ -426,15 +426,10 @@ def rewrite(folder: Path, old: bytes, new: bytes) -> None:
     ("old", "new", "error", "reason"),
     [
         (b"blk.1.ffn_gate_exps.weight", b"blk.1.ffn_gate_expz.weight", CheckpointError, "missing"),
-        (b"blk.1.attn_q.weight", b"blk.1.attn_z.weight", CheckpointError, "no tensor for"),
+        (b"blk.1.attn_q.weight", b"blk.1.attn_z.weight", CheckpointError, "has no place"),
         (b"qwen3moe.block_count", b"qwen3moe.block_counz", CheckpointError, "number of its layers"),
-        (
-            b"qwen3moe.expert_count",
-            b"qwen3moe.expert_counz",
-            CheckpointError,
-            "must have the shape",
-        ),
-        (b"embedding_length", b"embedding_lengtz", CheckpointError, "must have the shape"),
+        (b"qwen3moe.expert_count", b"qwen3moe.expert_counz", CheckpointError, "not known"),
+        (b"embedding_length", b"embedding_lengtz", CheckpointError, "not known"),
     ],
 )
 def test_a_file_that_is_incomplete_or_of_another_model(old, new, error, reason, write_small):

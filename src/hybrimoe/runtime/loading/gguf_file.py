@@ -145,7 +145,7 @@ def open_gguf(name: str | os.PathLike[str], hf_kwargs: dict[str, Any]) -> GgufMo
     layout = layout_of(header)
     check_types(layout)
     config = read_config(path, header, layout, family, hf_kwargs.pop("config", None))
-    check_metadata(header, layout, config)
+    check_metadata(header, config)
     asked = hf_kwargs.pop("dtype", None) or hf_kwargs.pop("torch_dtype", None) or "auto"
     dtype = dtype_of(asked)
     skeleton = _build(config, dtype, path)

@@ -96,6 +96,10 @@ class Layout(NamedTuple):
 
 def layout_of(header: GgufHeader) -> Layout:
     """Sort all tensors; raises CheckpointError unless blocks and experts are complete."""
+    if not any(map(_is_expert, header.tensors)):
+        raise UnsupportedModelError(
+            f"{header.path} holds no experts (blk.0.ffn_gate_exps.weight and so on): a dense model"
+        )
     layers = count_layers(header)
     dense: dict[str, GgufTensor] = {}
     blocks: dict[int, dict[str, GgufTensor]] = {}
@@ -103,14 +107,12 @@ def layout_of(header: GgufHeader) -> Layout:
         block = _block_of(name)
         if block >= layers:
             continue
-        if STACKED.fullmatch(name) or SINGLE.fullmatch(name):
+        if _is_expert(name):
             blocks.setdefault(block, {})[name] = tensor
         else:
             dense[name] = tensor
     if not blocks:
-        raise UnsupportedModelError(
-            f"{header.path} holds no experts (blk.0.ffn_gate_exps.weight and so on): a dense model"
-        )
+        raise CheckpointError("has experts in none of its layers", header.path)
     experts = {block: _matrices(block, blocks[block], header.path) for block in sorted(blocks)}
     return Layout(layers, experts, dense)
 
@@ -218,6 +220,10 @@ def _singles(block: int, tensors: dict[str, GgufTensor]) -> Iterator[tuple[str, 
                 )
         ordered = tuple(experts[expert] for expert in range(len(experts)))
         yield part, Matrix(ordered, (len(experts), *first.shape))
+
+
+def _is_expert(name: str) -> bool:
+    return bool(STACKED.fullmatch(name) or SINGLE.fullmatch(name))
 
 
 def _block_of(name: str) -> int:

@@ -57,12 +57,18 @@ def fields_of(header: GgufHeader, layout: Layout, family: str) -> dict[str, Any]
         "norm_topk_prob": bool(value_of(header, "expert_weights_norm", family == "qwen3_moe")),
         "rope_parameters": rope_of(header),
         "tie_word_embeddings": "output.weight" not in header.tensors,
-        **_dense_layers(header, layout),
     }
-    if value_of(header, "context_length") is not None:
-        fields["max_position_embeddings"] = whole(header, "context_length")
-    if value_of(header, "attention.key_length") is not None:
-        fields["head_dim"] = whole(header, "attention.key_length")
+    for key, field in (
+        ("context_length", "max_position_embeddings"),
+        ("attention.key_length", "head_dim"),
+    ):
+        if value_of(header, key) is not None:
+            fields[field] = whole(header, key)
+    inner = value_of(
+        header, "feed_forward_length"
+    )  # some files have 0, and no layer without experts
+    if type(inner) is int and inner > 0:
+        fields["intermediate_size"] = inner
     if family == "qwen2_moe":
         fields["qkv_bias"] = "blk.0.attn_q.bias" in header.tensors
         shared = _find(header, layout, "ffn_up_shexp")
@@ -71,9 +77,9 @@ def fields_of(header: GgufHeader, layout: Layout, family: str) -> dict[str, Any]
     return fields
 
 
-def check_metadata(header: GgufHeader, layout: Layout, config: Any) -> None:
+def check_metadata(header: GgufHeader, config: Any) -> None:
     """Raise CheckpointError for a key by which the file computes otherwise than the model."""
-    known = _computed(header, layout, config)
+    known = _computed(header, config)
     prefix = f"{header.architecture}."
     for key, value in header.values.items():
         name = key.removeprefix(prefix)
@@ -146,7 +152,7 @@ def _yarn(header: GgufHeader, factor: float) -> dict[str, Any]:
     return known
 
 
-def _computed(header: GgufHeader, layout: Layout, config: Any) -> dict[str, Values]:
+def _computed(header: GgufHeader, config: Any) -> dict[str, Values]:
     """By key, the values under which the model of a configuration computes what the file means."""
     heads = config.num_attention_heads
     head = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
@@ -174,14 +180,15 @@ def _computed(header: GgufHeader, layout: Layout, config: Any) -> dict[str, Valu
         "expert_shared_count": _shared_counts(config, shared),
         "expert_weights_norm": (config.norm_topk_prob,),
     }
-    return {**sizes, **_switched_off(header), **_placed(layout)}
+    return {**sizes, **_switched_off(header)}
 
 
 def _switched_off(header: GgufHeader) -> dict[str, Values]:
     """Keys whose neutral value is not just 0. Routers here take a softmax of all experts."""
     once = dict.fromkeys(
         ("expert_weights_scale", "expert_group_scale", "logit_scale", "embedding_scale",
-         "residual_scale", "attention.output_scale", "full_attention_interval"), (0, 1)
+         "residual_scale", "attention.output_scale", "full_attention_interval",
+         "interleave_moe_layer_step"), (0, 1)
     )  # fmt: skip
     groups = value_of(header, "expert_group_count", 0)
     is_yarn = rope_of(header)["rope_type"] == "yarn"
@@ -199,32 +206,11 @@ def _switched_off(header: GgufHeader) -> dict[str, Values]:
     }
 
 
-def _placed(layout: Layout) -> dict[str, Values]:
-    """Keys that say which layers have experts, by where the experts are."""
-    sparse = set(layout.experts)
-    steps = tuple(
-        step
-        for step in range(1, layout.layers + 1)
-        if sparse == {block for block in range(layout.layers) if (block + 1) % step == 0}
-    )
-    return {"leading_dense_block_count": (min(sparse),), "interleave_moe_layer_step": (0, *steps)}
-
-
 def _shared_counts(config: Any, shared: int) -> Values:
     """Shared experts are one, as wide as all of them together."""
     if not shared:
         return (0,)
     return (1, shared // config.moe_intermediate_size)
-
-
-def _dense_layers(header: GgufHeader, layout: Layout) -> dict[str, Any]:
-    """Layers without experts, and how wide they are."""
-    dense = [block for block in range(layout.layers) if block not in layout.experts]
-    found = [header.tensors.get(f"blk.{block}.ffn_up.weight") for block in dense]
-    stated = value_of(header, "feed_forward_length")
-    widths = [tensor.shape[0] for tensor in found if tensor is not None]
-    widths += [stated] if type(stated) is int and stated > 0 else []
-    return {"mlp_only_layers": dense, **({"intermediate_size": widths[0]} if widths else {})}
 
 
 def _check_rope(header: GgufHeader, config: Any) -> None:
@@ -276,7 +262,8 @@ def _are_same(value: Any, other: Any) -> bool:
 
 
 def _differs(header: GgufHeader, key: str, value: Any, known: Values | None) -> CheckpointError:
-    said = f"has {key[:80]} = {str(value)[:40]} in its metadata"
+    shown = float(f"{value:.6g}") if isinstance(value, float) else str(value)[:40]
+    said = f"has {key[:80]} = {shown} in its metadata"
     if known is None:
         return CheckpointError(f"{said}: what that changes is not known", header.path)
     wanted = " or ".join(dict.fromkeys(str(other) for other in known if other is not None))
