@@ -215,14 +215,15 @@ def _of_name(
     skeleton = build_skeleton(config, dtype)
     stored, streams = checkpoint.tensors, packs_on_arrival(skeleton)
     footprint = footprint_of(skeleton, context, kept=kept_dtypes(skeleton, dtype))
-    footprint = replace(footprint, stored=stored, streams=streams)
+    dense = footprint.dense_bytes - checkpoint.saved
+    footprint = replace(footprint, stored=stored, streams=streams, dense_bytes=dense)
     if checkpoint.kept is not None:
         footprint = footprint.keeping(checkpoint.kept.get)
         formats, weights = (_label(footprint),), None
     call = f"from_pretrained({name!r}"
     if revision is not None:
         call += f", revision={revision!r}"
-    if getattr(config, "quantization_config", None):
+    if checkpoint.packed is None and getattr(config, "quantization_config", None):
         call, budget = "wrap(model", replace(budget, wraps=True)
     plan = _assemble(name, skeleton, footprint, budget, weights, call, formats)
     notes = _notes(footprint, checkpoint, config)
@@ -340,7 +341,7 @@ def _notes(footprint: Footprint, checkpoint: Checkpoint, config: Any) -> tuple[s
     """What a reader of the numbers should know about the files behind them."""
     stored, built = checkpoint.nbytes, footprint.dense_bytes + footprint.native_bytes
     quantized = getattr(config, "quantization_config", None)
-    if quantized:
+    if checkpoint.packed is None and quantized:
         method = quantized.get("quant_method", "quantized") if isinstance(quantized, dict) else ""
         return (
             f"the files hold {size_text(stored)} {method or 'quantized'}: load them with transformers, "

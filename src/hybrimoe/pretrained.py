@@ -46,7 +46,8 @@ def save_packed(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     The folder gets packed experts and dense layers, the other weights, a manifest with checksums, and
     what the model's own folder or its snapshot in the cache has besides: tokenizer, chat template,
     processors. A save over an older one takes effect in one step: a killed process or a full disk
-    leaves the old one whole. Raises WrappedModelError if the model is not wrapped, StorageError if the disk refuses.
+    leaves the old one whole. Raises WrappedModelError if the model is not wrapped, StorageError if the
+    disk refuses.
     """
     runtime = getattr(model, "hybrimoe", None)
     if runtime is None:

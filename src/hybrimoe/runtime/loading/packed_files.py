@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from filelock import FileLock
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -288,12 +289,12 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def _failures_named(folder: Path) -> Iterator[None]:
-    """What the system or safetensors say about writing, as a StorageError."""
+    """What the system, safetensors or configurations say about writing, as a StorageError."""
     try:
         yield
     except StorageError:
         raise
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, StrictDataclassError) as error:
         raise StorageError(
             f"{folder} cannot be written: {error}; what it held before is unchanged"
         ) from error

@@ -17,7 +17,7 @@ from hybrimoe.runtime import formats
 from hybrimoe.runtime.linears import FoundLinear, PackedLinear, packed_matrix
 from hybrimoe.runtime.loading.checkpoints import Catalogue, check_file, read_header
 from hybrimoe.runtime.loading.packed_blobs import write_blobs
-from hybrimoe.runtime.loading.packed_manifest import LINEARS
+from hybrimoe.runtime.loading.packed_manifest import LINEARS, linears_of
 from hybrimoe.runtime.pool import allocate_blobs, checksum
 
 DTYPES = {name: dtype for dtype, name in formats.NATIVE.items()}
@@ -36,7 +36,7 @@ class StoredLinear(NamedTuple):
     def stand_aside(self) -> None:
         """Have the loader neither look for the weight nor make one up; a tied one is the embedding's."""
         if not self.found.tied:
-            self.found.module._is_hf_initialized = True
+            self.found.module._is_hf_initialized = True  # type: ignore[assignment]
             self.found.module.weight = None  # type: ignore[assignment]
 
     def packed(self, **how: Any) -> PackedLinear:
@@ -80,7 +80,7 @@ def open_linears(
 
     Raises CheckpointError where the model, the manifest and the file do not agree.
     """
-    entries = (manifest.get("linears") or {}).get("layers") or []
+    entries = linears_of(manifest)
     if not entries:
         return ()
     path = folder / LINEARS
