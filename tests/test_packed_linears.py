@@ -7,7 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen3MoeForCausalLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    Qwen3MoeForCausalLM,
+)
 
 import generated
 import hybrimoe
@@ -105,6 +110,22 @@ def test_transformers_door_opens_it(loaded, saved):
 
     assert torch.equal(logits(again), logits(loaded))
     assert again.hybrimoe.config == loaded.hybrimoe.config
+
+
+@pytest.mark.parametrize("loaded", ["int4"], indirect=True)
+def test_other_classes_take_what_they_have_of_it(loaded, saved, tmp_path):
+    base = AutoModel.from_pretrained(saved)
+    with torch.no_grad():
+        got, wanted = (model(IDS).last_hidden_state for model in (base, loaded.model))
+    classifier = AutoModelForSequenceClassification.from_pretrained(saved)
+    hybrimoe.save_packed(base, tmp_path / "base")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+
+    assert torch.equal(got, wanted)
+    names = {layer.name for layer in loaded.hybrimoe.linears} - {"lm_head"}
+    assert {f"model.{layer.name}" for layer in base.hybrimoe.linears} == names
+    for model in (classifier, again):
+        assert {layer.name for layer in model.hybrimoe.linears} == names
 
 
 def test_what_is_asked_for_must_be_what_is_there(loaded, saved):

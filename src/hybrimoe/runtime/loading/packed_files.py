@@ -236,15 +236,15 @@ def _open_layer(
     """What `read_blob` needs, once the file's header and the manifest agree with the model."""
     path = folder / entry["file"]
     blobs = layer.packed.blobs
-    if entry != {**describe(layer), "file": entry["file"], "checksum": entry["checksum"]}:
-        wrong = sorted(key for key, value in describe(layer).items() if entry[key] != value)
+    wrong = sorted(key for key, value in describe(layer).items() if entry[key] != value)
+    if wrong:
         raise CheckpointError(
             f"was packed from other experts than config.json describes: {', '.join(wrong)} of "
             f"{layer.name} differ",
             path,
         )
     check_file(path, folder.parent)
-    stored = read_header(path).get(layer.name)
+    stored = read_header(path).get(entry.get("tensor", layer.name))
     if stored is None or stored.dtype != "U8" or stored.shape != blobs.shape:
         raise CheckpointError(f"must hold bytes of shape {blobs.shape}", path, layer.name)
     return path, stored.offset, blobs, entry["checksum"]
