@@ -20,6 +20,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     Qwen3MoeConfig,
+    pipeline,
 )
 from transformers.utils import logging
 
@@ -226,15 +227,57 @@ def read_names(path: Path) -> list[str]:
 # What cannot be.
 
 
-@pytest.mark.parametrize("device_map", ["auto", "cuda", {"": "meta"}, {"model": 0}])
+PLACED = ["cuda", "balanced", {"": "meta"}, {"model": 0}, {"model": "cpu", "lm_head": "disk"}]
+
+
+@pytest.mark.parametrize("device_map", PLACED)
 def test_other_devices_than_the_cpu_are_refused(device_map):
-    with pytest.raises(ConfigError, match="device_map must be left out or 'cpu'"):
+    with pytest.raises(ConfigError, match="device_map must be left out, 'auto' or 'cpu'"):
         hybrimoe.from_pretrained(TINY_MOE, device_map=device_map)
 
 
-@pytest.mark.parametrize("device_map", [None, "cpu", {"": "cpu"}, torch.device("cpu")])
-def test_the_cpu_is_accepted(device_map):
+def test_other_devices_are_refused_in_transformers_door():
+    for device_map in ("balanced", {"model": "cpu", "lm_head": "disk"}):
+        with pytest.raises(ConfigError, match="device_map must be left out, 'auto' or 'cpu'"):
+            AutoModelForCausalLM.from_pretrained(
+                TINY_MOE, quantization_config=Config(), device_map=device_map
+            )
+
+
+@pytest.mark.parametrize("device_map", [None, "auto", "cpu", {"": "cpu"}, torch.device("cpu")])
+def test_the_cpu_and_our_own_placing_are_accepted(device_map):
     assert hybrimoe.from_pretrained(TINY_MOE, device_map=device_map).hybrimoe.layers
+
+
+def test_our_own_placing_is_accepted_in_every_door(tokenizer):
+    arguments = {"device_map": "auto", "quantization_config": Config(device="emulated", vram=0.25)}
+    model = AutoModelForCausalLM.from_pretrained(TINY_MOE, **arguments)
+    write = pipeline(
+        "text-generation",
+        model=str(TINY_MOE),
+        device_map="auto",
+        model_kwargs={"quantization_config": Config(weights="int4")},
+    )
+    placed = AutoModelForCausalLM.from_pretrained(TINY_MOE, device_map="auto")
+
+    assert model.hybrimoe.hybrid is not None
+    assert not hasattr(model, "hf_device_map")
+    assert write.model.hybrimoe.config == Config(weights="int4")
+    if not torch.cuda.is_available():
+        assert generate(hybrimoe.wrap(placed), tokenizer) == generate(model, tokenizer)
+
+
+def test_what_accelerate_offloaded_is_refused_before_it_is_touched(tmp_path):
+    device_map = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.norm": "cpu"}
+    device_map |= {"model.rotary_emb": "cpu"}
+    device_map |= {f"model.layers.{n}": "disk" if n > 9 else "cpu" for n in range(12)}
+    model = AutoModelForCausalLM.from_pretrained(
+        TINY_MOE, device_map=device_map, offload_folder=tmp_path
+    )
+
+    with pytest.raises(UnsupportedModelError, match="must be on the CPU to be wrapped"):
+        hybrimoe.wrap(model)
+    assert not hasattr(model, "hybrimoe")
 
 
 @pytest.mark.parametrize(
@@ -244,6 +287,8 @@ def test_the_cpu_is_accepted(device_map):
         ("state_dict", {"a": 1}),
         ("tp_plan", "auto"),
         ("ignore_mismatched_sizes", True),
+        ("max_memory", {"cpu": "1GiB"}),
+        ("offload_folder", "folder"),
     ],
 )
 def test_arguments_that_mean_something_else_here_are_refused(argument, value):

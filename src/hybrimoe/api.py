@@ -281,11 +281,11 @@ def complete(runtime: Runtime, model: nn.Module) -> None:
         if accelerator is not None:
             move_dense(model, accelerator.compute_device)  # first: experts get what is left
             runtime.share(model, accelerator)
-        elif runtime.pool.tier is not None:
-            runtime.foresee(model)
         if runtime.config.linear is not None:
             runtime.pack_linears(model, runtime.config.linear)
         runtime.folding.follow()
+        if accelerator is None and runtime.pool.tier is not None:
+            runtime.foresee(model)  # its hooks on norms come last: a norm with hooks is not fused
         runtime.guard(model)
     except BaseException:
         if accelerator is not None:

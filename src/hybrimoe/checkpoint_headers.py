@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from hybrimoe.runtime.loading.checkpoints import (
     examine_folder,
 )
 from hybrimoe.runtime.loading.gguf_check import GgufHeader
-from hybrimoe.runtime.loading.packed_manifest import DENSE, read_manifest
+from hybrimoe.runtime.loading.packed_manifest import DENSE, LINEARS, linears_of, read_manifest
 from hybrimoe.runtime.loading.skeleton import first_line
 
 
@@ -29,8 +30,8 @@ class Checkpoint:
     """place: "folder", "cache" or "hub". stored: bytes by dtype, as safetensors names it.
 
     packed: the `Config.weights` of a folder that `save_packed` wrote, and kept the format of the experts
-    of each name in it; None for any other checkpoint. mapped: bytes of files that the loader maps:
-    no memory, but address space.
+    of each name in it; None for any other checkpoint. saved: bytes that its dense layers take less
+    than unpacked ones. mapped: bytes of files that the loader maps: no memory, but address space.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Checkpoint:
     packed: str | None = None
     mapped: int = 0
     kept: dict[str, str] | None = None
+    saved: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -76,7 +78,7 @@ def _read_folder(name: str, folder: Path, place: str) -> Headers:
         kept = {layer["name"]: layer["weights"] for layer in manifest["layers"]}
         counted = _count(name, place, found, choice_of(kept.values()), dense)
         plain = {key: tensor for key, tensor in found.items() if tensor.path.name == DENSE}
-        return replace(counted, kept=kept), plain
+        return replace(counted, kept=kept, saved=_saved(manifest, found)), plain
     found = examine_folder(folder)
     return _count(name, place, found), found
 
@@ -88,9 +90,18 @@ def count_gguf(name: str, header: GgufHeader) -> Checkpoint:
     return Checkpoint(name, place, len(header.paths), len(header.tensors), stored)
 
 
+def _saved(manifest: dict[str, Any], found: Catalogue) -> int:
+    """What packing its dense layers saves; the weight of a tied one is the embedding's, and stays."""
+    packed = sum(tensor.nbytes for tensor in found.values() if tensor.path.name == LINEARS)
+    untied = (entry for entry in linears_of(manifest) if not entry["tied"])
+    sizes = (math.prod(e["shape"]) * (4 if e["dtype"] == "float32" else 2) for e in untied)
+    return sum(sizes) - packed
+
+
 def _packed_files(folder: Path, manifest: dict[str, Any]) -> Catalogue:
     part = folder / manifest["folder"]
     names = [DENSE, *(entry["file"] for entry in manifest["layers"])]
+    names += [LINEARS] if linears_of(manifest) else []
     return examine_files([part / name for name in names], folder)
 
 

@@ -221,7 +221,8 @@ def _of_name(
     ensure_plain(skeleton, tensors)
     stored, streams = checkpoint.tensors, packs_on_arrival(skeleton)
     footprint = footprint_of(skeleton, context, kept=kept_dtypes(skeleton, dtype))
-    footprint = replace(footprint, stored=stored, streams=streams)
+    dense = footprint.dense_bytes - checkpoint.saved
+    footprint = replace(footprint, stored=stored, streams=streams, dense_bytes=dense)
     if checkpoint.kept is not None:
         footprint = footprint.keeping(checkpoint.kept.get)
         formats, weights = (_label(footprint),), None

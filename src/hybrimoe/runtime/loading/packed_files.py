@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from filelock import FileLock
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -235,15 +236,15 @@ def _open_layer(
     """What `read_blob` needs, once the file's header and the manifest agree with the model."""
     path = folder / entry["file"]
     blobs = layer.packed.blobs
-    if entry != {**describe(layer), "file": entry["file"], "checksum": entry["checksum"]}:
-        wrong = sorted(key for key, value in describe(layer).items() if entry[key] != value)
+    wrong = sorted(key for key, value in describe(layer).items() if entry[key] != value)
+    if wrong:
         raise CheckpointError(
             f"was packed from other experts than config.json describes: {', '.join(wrong)} of "
             f"{layer.name} differ",
             path,
         )
     check_file(path, folder.parent)
-    stored = read_header(path).get(layer.name)
+    stored = read_header(path).get(entry.get("tensor", layer.name))
     if stored is None or stored.dtype != "U8" or stored.shape != blobs.shape:
         raise CheckpointError(f"must hold bytes of shape {blobs.shape}", path, layer.name)
     return path, stored.offset, blobs, entry["checksum"]
@@ -288,12 +289,12 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def _failures_named(folder: Path) -> Iterator[None]:
-    """What the system or safetensors say about writing, as a StorageError."""
+    """What the system, safetensors or configurations say about writing, as a StorageError."""
     try:
         yield
     except StorageError:
         raise
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, StrictDataclassError) as error:
         raise StorageError(
             f"{folder} cannot be written: {error}; what it held before is unchanged"
         ) from error

@@ -50,6 +50,10 @@ class PackedFolder:
         """Plain data, as transformers asks for it."""
         return dict(self.stored)
 
+    def settings(self) -> dict[str, Any]:
+        """All but the name of the method: fields of a `Config`, where a user wrote them as a dict."""
+        return {key: value for key, value in self.stored.items() if key != "quant_method"}
+
     def find(self, name: str) -> tuple[Path, dict[str, Any]]:
         """The folder and its manifest; raises CheckpointError where there is none."""
         from hybrimoe.runtime.loading.packed_manifest import MANIFEST, read_manifest

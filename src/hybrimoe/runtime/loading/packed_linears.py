@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,9 +15,9 @@ from hybrimoe.kernels.layout import QUANTIZED
 from hybrimoe.kernels.linear import matrix_layout
 from hybrimoe.runtime import formats
 from hybrimoe.runtime.linears import FoundLinear, PackedLinear, packed_matrix
-from hybrimoe.runtime.loading.checkpoints import Catalogue, check_file, read_header
+from hybrimoe.runtime.loading.checkpoints import StoredTensor, check_file, read_header
 from hybrimoe.runtime.loading.packed_blobs import write_blobs
-from hybrimoe.runtime.loading.packed_manifest import LINEARS
+from hybrimoe.runtime.loading.packed_manifest import LINEARS, linears_of
 from hybrimoe.runtime.pool import allocate_blobs, checksum
 
 DTYPES = {name: dtype for dtype, name in formats.NATIVE.items()}
@@ -36,7 +36,7 @@ class StoredLinear(NamedTuple):
     def stand_aside(self) -> None:
         """Have the loader neither look for the weight nor make one up; a tied one is the embedding's."""
         if not self.found.tied:
-            self.found.module._is_hf_initialized = True
+            self.found.module._is_hf_initialized = True  # type: ignore[assignment]
             self.found.module.weight = None  # type: ignore[assignment]
 
     def packed(self, **how: Any) -> PackedLinear:
@@ -80,14 +80,27 @@ def open_linears(
 
     Raises CheckpointError where the model, the manifest and the file do not agree.
     """
-    entries = (manifest.get("linears") or {}).get("layers") or []
+    entries = linears_of(manifest)
     if not entries:
         return ()
     path = folder / LINEARS
     check_file(path, folder.parent)
     modules, stored = dict(model.named_modules()), read_header(path)
     _check_names(path, [entry["name"] for entry in entries], stored)
-    return tuple(_open(modules, entry, stored, path) for entry in entries)
+    base = f"{getattr(model, 'base_model_prefix', '')}."
+    found = []
+    for entry in entries:
+        name = name_in(modules, model, entry["name"])
+        if name in modules or entry["name"].startswith(base):
+            found.append(_open(modules, name, entry, stored[entry["name"]], path))
+    return tuple(found)  # without a head that this class does not have
+
+
+def name_in(modules: Collection[str], model: nn.Module, name: str) -> str:
+    """What a saved module is called in a model of another class: with or without its base's prefix."""
+    base = f"{getattr(model, 'base_model_prefix', '')}."
+    others = (name, name.removeprefix(base), base + name)
+    return next((other for other in others if other in modules), name)
 
 
 def _check_names(path: Path, names: list[str], stored: Iterable[str]) -> None:
@@ -96,9 +109,13 @@ def _check_names(path: Path, names: list[str], stored: Iterable[str]) -> None:
 
 
 def _open(
-    modules: dict[str, nn.Module], entry: dict[str, Any], stored: Catalogue, path: Path
+    modules: dict[str, nn.Module],
+    name: str,
+    entry: dict[str, Any],
+    tensor: StoredTensor,
+    path: Path,
 ) -> StoredLinear:
-    name, fmt = entry["name"], entry["format"]
+    fmt = entry["format"]
     module, dtype = modules.get(name), DTYPES.get(entry["dtype"])
     if type(module) is not nn.Linear or fmt not in QUANTIZED or dtype is None:
         raise CheckpointError(
@@ -106,7 +123,7 @@ def _open(
             path,
         )
     shape = module.out_features, module.in_features
-    layout, tensor = matrix_layout(fmt, *shape), stored[name]
+    layout = matrix_layout(fmt, *shape)
     if entry["shape"] != list(shape) or entry["layout"] != layout._asdict():
         raise CheckpointError(
             f"was packed from another dense layer than config.json describes: {name} has the shape "

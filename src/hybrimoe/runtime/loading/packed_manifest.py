@@ -68,6 +68,11 @@ def linear_of(manifest: dict[str, Any]) -> str | None:
     return (manifest.get("linears") or {}).get("format")
 
 
+def linears_of(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """The entries of the dense layers that are packed."""
+    return (manifest.get("linears") or {}).get("layers") or []
+
+
 def file_name(at: int) -> str:
     """The file of one layer's experts."""
     return f"experts-{at:05d}.safetensors"
@@ -94,7 +99,7 @@ def _check_linears(manifest: dict[str, Any], path: Path) -> None:
     if not _has(linears, {"format": str, "layers": list}) or linears["format"] not in LINEAR:
         raise CheckpointError("must say the format and the layers of packed dense layers", path)
     for at, entry in enumerate(linears["layers"]):
-        if not _has(entry, LINEAR_ENTRY):
+        if not _has(entry, LINEAR_ENTRY) or [*map(type, entry["shape"])] != [int, int]:
             raise CheckpointError(f"holds no valid entry for packed dense layer {at}", path)
 
 

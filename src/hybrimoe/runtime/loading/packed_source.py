@@ -13,14 +13,14 @@ from hybrimoe.errors import ConfigError
 from hybrimoe.runtime.formats import choice_of
 from hybrimoe.runtime.loading.arrivals import Arrivals
 from hybrimoe.runtime.loading.packed_files import check_dense, fill
-from hybrimoe.runtime.loading.packed_linears import StoredLinear, open_linears
+from hybrimoe.runtime.loading.packed_linears import StoredLinear, name_in, open_linears
 from hybrimoe.runtime.loading.packed_manifest import DENSE, linear_of
 
 Bar = Callable[[str, int], AbstractContextManager[Any]]
 """A progress bar, of a description and a number of bytes."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class PackedConfig:
     """A `Config` for layers that lie packed in `folder`, which `manifest` describes.
 
@@ -60,6 +60,7 @@ class PackedConfig:
     def prepare(self, model: Any) -> Sequence[StoredLinear]:
         """The packed dense layers of a model on the meta device, put out of the loader's way."""
         self.linears.extend(open_linears(model, self.manifest, self.folder))
+        self.manifest = named_as_in(model, self.manifest)
         for linear in self.linears:
             linear.stand_aside()
         return self.linears
@@ -107,6 +108,17 @@ def open_packed(
     part = folder / manifest["folder"]
     check_dense(part, manifest)
     return PackedConfig(config.replace(weights=stored), manifest, part, bar)
+
+
+def named_as_in(model: Any, manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest with the names that the experts have in a model; `tensor` is what files call them."""
+    modules = {name for name, _ in model.named_modules()}
+    names = {entry["name"]: name_in(modules, model, entry["name"]) for entry in manifest["layers"]}
+    layers = [
+        {**entry, "name": names[entry["name"]], "tensor": entry["name"]}
+        for entry in manifest["layers"]
+    ]
+    return {**manifest, "layers": layers}
 
 
 def check_dtype(asked: Any, stored: str, folder: Path) -> None:

@@ -132,6 +132,8 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
         self.packed: Source | None = None
         if isinstance(quantization_config, PackedFolder):
             self.config = quantization_config.given or Config()
+            if not self.pre_quantized:  # a user's dict, for any checkpoint
+                self.config = Config.from_dict(quantization_config.settings())
         elif isinstance(quantization_config, Config):
             self.config = quantization_config
         else:
@@ -166,9 +168,10 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
 
     def _open_folder(self, config: Any) -> Any:
         """Where transformers loads a packed folder, have it read the dense weights and no others."""
-        if isinstance(self.quantization_config, PackedFolder) and self.packed is None:
-            folder, manifest = self.quantization_config.find(str(config.name_or_path or ""))
-            self.packed = open_packed(folder, manifest, self.config, bytes_bar)
+        folder = self.quantization_config
+        if self.pre_quantized and self.packed is None and isinstance(folder, PackedFolder):
+            path, manifest = folder.find(str(config.name_or_path or ""))
+            self.packed = open_packed(path, manifest, self.config, bytes_bar)
             self.packed.lend(config, f"{manifest['folder']}/")
             self.config = self.packed.config
         return config
