@@ -38,6 +38,7 @@ from hybrimoe.runtime.linears import PackedLinear, find_linears
 from hybrimoe.runtime.loading.load_memory import ensure_wrap_fits
 from hybrimoe.runtime.measuring.stats import Stats
 from hybrimoe.runtime.pool import ExpertPool
+from hybrimoe.runtime.releases import warn_if_untested
 from hybrimoe.runtime.rms_norms import FusedNorm, find_norms
 from hybrimoe.runtime.routers import seats_of
 from hybrimoe.runtime.shared_experts import EarlyExperts
@@ -55,6 +56,7 @@ class Runtime:
         self, config: Config, model: nn.Module, weights_of: WeightsOf | None = None
     ) -> None:
         check_device(config)
+        warn_if_untested()
         self.config = config
         self.pool = ExpertPool()
         self.pool.tier = open_tier(config, model, weights_of)
@@ -186,7 +188,7 @@ class Runtime:
     def _begin(self, *_: Any) -> None:
         """Forward pre-hook of the model."""
         if self.hybrid is not None:
-            self.hybrid.begin()
+            self.hybrid.begin(self._counters.passing)
 
     def _end(self, *_: Any) -> None:
         """Forward hook of the model."""
