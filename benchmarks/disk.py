@@ -28,6 +28,7 @@ import hybrimoe
 from hybrimoe.policy.ranking import LRU, MRS
 from hybrimoe.policy.routing import RoutingTrace
 from hybrimoe.runtime.pool import allocate
+from hybrimoe.runtime.releases import cache_argument, cache_in
 from hybrimoe.runtime.storage.disk import DiskTier
 from hybrimoe.runtime.storage.reader import Reader
 from machine import describe, finish
@@ -104,12 +105,12 @@ def run(packed: Path, share: float, name: str, trace: RoutingTrace, tokens: int)
 @torch.no_grad()
 def decode(model: torch.nn.Module, tokens: int) -> None:
     """So many tokens to warm up, and as many that count."""
-    past = None
+    cache = None
     for at in range(2 * tokens):
         if at == tokens:
             model.hybrimoe.reset_stats()
         token = torch.tensor([[at % 512]])
-        past = model(token, past_key_values=past, use_cache=True).past_key_values
+        cache = cache_in(model(token, **cache_argument(model, cache), use_cache=True))
 
 
 def read_alone(tier: DiskTier, readers: int) -> float:

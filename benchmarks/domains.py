@@ -36,6 +36,7 @@ def record_domains(tokens: int) -> dict[str, RoutingTrace]:
 
     import hybrimoe
     from hybrimoe.commands import load_model
+    from hybrimoe.runtime.releases import cache_argument, cache_in
 
     model, tokenizer = load_model(MODEL, "MODEL")
     texts = json.loads((MODEL / "held_out.json").read_text(encoding="utf-8"))
@@ -45,9 +46,10 @@ def record_domains(tokens: int) -> dict[str, RoutingTrace]:
         pieces = [ids[i * len(ids) // SEQUENCES :][: PROMPT + tokens] for i in range(SEQUENCES)]
         with hybrimoe.record(model) as trace, torch.no_grad():
             for piece in pieces:
-                past = model(piece[None, :PROMPT], use_cache=True).past_key_values
+                filled = model(piece[None, :PROMPT], use_cache=True)
+                past = cache_argument(model, cache_in(filled))
                 for token in piece[PROMPT:]:
-                    model(token.view(1, 1), past_key_values=past, use_cache=True)
+                    model(token.view(1, 1), **past, use_cache=True)
         found[domain] = trace
     return found
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, DeepseekV2Config, Qwen3MoeConfig
 
 import hybrimoe
 from hybrimoe import api
+from hybrimoe.runtime.releases import cache_argument, cache_in
 
 TEMPLATE = 16_777_213  # a prime: no two rows begin at the same place
 RANDOM_FILLS = ("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "xavier_uniform_")
@@ -167,15 +168,15 @@ class Passes:
     @torch.no_grad()
     def decode(self, batch: int, steps: int, warm: int, prompt: int = 32) -> float:
         """Median seconds of a step with one token per sequence, behind `warm` steps and a prompt."""
-        cache = self.model(self.tokens(batch, prompt), use_cache=True, logits_to_keep=1)
-        cache, seconds = cache.past_key_values, []
+        filled = self.model(self.tokens(batch, prompt), use_cache=True, logits_to_keep=1)
+        cache, seconds = cache_argument(self.model, cache_in(filled)), []
         for step in range(warm + steps):
             if step == warm and hasattr(self.model, "hybrimoe"):
                 self.model.hybrimoe.reset_stats()
             ids = self.tokens(batch, 1)
             synchronize()
             start = time.perf_counter()
-            self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            self.model(ids, **cache, use_cache=True, logits_to_keep=1)
             synchronize()
             seconds.append(time.perf_counter() - start)
         return float(np.median(seconds[warm:]))

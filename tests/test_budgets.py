@@ -22,6 +22,7 @@ from hybrimoe.runtime.devices.memory import (
     reserve,
     slot_count,
 )
+from hybrimoe.runtime.releases import cache_in
 from small_model import EXPERTS, GIB, LAYERS, SLOT, load_small, tokens, wrap_on
 
 
@@ -61,7 +62,7 @@ def test_a_real_cache_takes_at_most_what_is_reserved(name):
         pytest.skip(f"this transformers has no {name}")
     model = families.build(name)
     given = families.inputs(name, model)
-    layers = model(**given, use_cache=True).past_key_values.layers
+    layers = cache_in(model(**given, use_cache=True)).layers
     states = [getattr(layer, part, None) for layer in layers for part in ("keys", "values")]
     used = sum(state.nbytes for state in states if isinstance(state, torch.Tensor))
 
@@ -71,7 +72,7 @@ def test_a_real_cache_takes_at_most_what_is_reserved(name):
 @torch.no_grad()
 def test_plain_attention_is_counted_to_the_byte(plain):
     ids = torch.arange(20)[None]
-    layers = plain(ids, use_cache=True).past_key_values.layers
+    layers = cache_in(plain(ids, use_cache=True)).layers
 
     assert kv_bytes(plain, 20) == sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
 

@@ -46,7 +46,7 @@ def passes(guard: Guard, seconds: dict[str, float], count: int, tokens: int = 1)
     """The modes of so many forward passes, each of which takes its mode's seconds."""
     modes, now = [], 0.0
     for _ in range(count):
-        guard.begin(now, tokens)
+        guard.begin(now, tokens, is_decode=tokens == 1)
         mode = next(n for n, p in guard.modes.items() if p is guard.engine.policies)
         for layer in range(LAYERS):
             guard.plan(load(layer), guard.engine.cost)
@@ -112,7 +112,7 @@ def test_decode_and_prefill_are_judged_apart():
     guard = guard_of(Trial(warm_up=2, rounds=3, far=1e9, hopeless=1e9))
     passes(guard, {CHOSEN: 1.0, **ALIKE, "cpu": 0.5}, 16)
     assert passes(guard, {CHOSEN: 1.0, **ALIKE}, 1, tokens=500) == [CHOSEN]
-    assert guard.to_dict()[kind_of(500)]["chosen"] == CHOSEN
+    assert guard.to_dict()[kind_of(500, False)]["chosen"] == CHOSEN
 
 
 def test_short_and_long_prompts_are_judged_apart():
@@ -123,20 +123,30 @@ def test_short_and_long_prompts_are_judged_apart():
         passes(guard, seconds, 1, tokens=30)
         passes(guard, {mode: 0.01 * s for mode, s in seconds.items()}, 1, tokens=3000)
     found = guard.to_dict()
-    kinds = [kind_of(30), kind_of(3000)]
+    kinds = [kind_of(30, False), kind_of(3000, False)]
     assert [found[kind]["chosen"] for kind in kinds] == [CHOSEN, CHOSEN]
     assert all(len(found[kind]["compared_ms"]) == 4 for kind in kinds)
 
 
 def test_every_number_of_tokens_is_of_one_kind():
-    names = [kind_of(tokens) for tokens in (1, 16, 17, 64, 65, 256, 257, 1024, 1025, 10**6)]
-    assert [names.index(name) for name in names] == [0, 0, 2, 2, 4, 4, 6, 6, 8, 8]
+    sizes = (1, 16, 17, 64, 65, 256, 257, 1024, 1025, 10**6)
+    names = [kind_of(tokens, is_decode) for is_decode in (True, False) for tokens in sizes]
+    assert [names.index(name) // 2 for name in names] == [n // 2 for n in range(20)]
+
+
+def test_a_large_batch_of_decode_is_no_prompt():
+    guard = guard_of(Trial(warm_up=2, rounds=3, far=1e9, hopeless=1e9))
+    for now in range(20):
+        guard.begin(float(now), 32, is_decode=True)
+        guard.end(now + 0.5)
+    assert len(guard.to_dict()["decode of 17 to 64 tokens"]["compared_ms"]) == 4
+    assert kind_of(32, False) not in guard.to_dict()
 
 
 def test_a_pass_without_an_end_does_not_count():
     guard = guard_of(Trial(warm_up=2, rounds=3, far=1e9, hopeless=1e9))
     for _ in range(50):
-        guard.begin(0.0, 1)
+        guard.begin(0.0, 1, is_decode=True)
     assert not guard.to_dict()["decode"]["compared_ms"]
 
 

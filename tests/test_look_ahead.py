@@ -21,6 +21,7 @@ from hybrimoe.runtime.devices.cuda import TorchAccelerator
 from hybrimoe.runtime.devices.device import EmulatedAccelerator
 from hybrimoe.runtime.devices.transfer import Staging
 from hybrimoe.runtime.experts import PooledExperts
+from hybrimoe.runtime.releases import cache_argument, cache_in
 from paths import TINY_MOE
 
 LEAST = {1: 0.7, 2: 0.6, 3: 0.5}
@@ -52,7 +53,7 @@ def feed(model, ids, prompt=64):
     """A prefill of the first tokens, then the others one by one."""
     out = model(ids[:, :prompt], use_cache=True)
     for token in ids[0, prompt:]:
-        out = model(token.view(1, 1), past_key_values=out.past_key_values)
+        out = model(token.view(1, 1), **cache_argument(model, cache_in(out)))
     return out.logits
 
 

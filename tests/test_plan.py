@@ -22,6 +22,7 @@ from hybrimoe.errors import (
 from hybrimoe.runtime.adapters import find_experts
 from hybrimoe.runtime.loading.host import MARGIN, host_memory
 from hybrimoe.runtime.loading.tracing import forward_memory, storage_bytes
+from hybrimoe.runtime.releases import cache_in
 from paths import TINY_MOE
 from processes import needs_proc, run, start
 
@@ -102,7 +103,7 @@ def test_the_cache_is_as_large_as_the_one_a_forward_pass_fills(name):
         pytest.skip("this transformers does not have it")
     model, tokens = families.build(name), 40
     with torch.no_grad():
-        filled = model(torch.full((1, tokens), 5), use_cache=True).past_key_values
+        filled = cache_in(model(torch.full((1, tokens), 5), use_cache=True))
     with torch.device("meta"):
         skeleton = type(model)._from_config(model.config, dtype=torch.float32).eval()
     found = forward_memory(skeleton, find_experts(skeleton), tokens)

@@ -9,6 +9,7 @@ import torch
 import hybrimoe
 from hybrimoe.errors import ConfigError, TraceError, UnsupportedModelError
 from hybrimoe.policy.routing import sequences
+from hybrimoe.runtime.releases import cache_argument, cache_in
 
 
 def generate(model, tokens: int = 6, prompt: int = 9) -> None:
@@ -147,7 +148,7 @@ def test_a_pass_that_fails_is_no_step(model):
 def test_a_batch_is_one_step_of_several_tokens(model):
     with hybrimoe.record(model) as trace:
         out = model(torch.arange(10).view(2, 5), use_cache=True)
-        model(torch.tensor([[3], [4]]), past_key_values=out.past_key_values)
+        model(torch.tensor([[3], [4]]), **cache_argument(model, cache_in(out)))
 
     assert trace.prefill.tolist() == [True, False]
     assert [trace.tokens(0), trace.tokens(1)] == [10, 2]
@@ -187,4 +188,12 @@ def test_layers_that_do_not_all_run_are_refused(model):
 
     model.model.layers[0].register_forward_pre_hook(skip)
     with pytest.raises(TraceError, match="11 of 12 layers"), hybrimoe.record(model):
+        model(torch.arange(4)[None])
+
+
+def test_a_layer_that_runs_twice_in_a_pass_is_refused(model):
+    layers = model.model.layers
+    layers[3].register_forward_hook(lambda layer, args, out: layers[3].mlp(out) + out)
+    twice = "ran model.layers.3.mlp.experts more than once"
+    with pytest.raises(TraceError, match=twice), hybrimoe.record(model):
         model(torch.arange(4)[None])

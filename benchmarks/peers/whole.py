@@ -27,6 +27,7 @@ from layout import Layout, add_root_option
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import hybrimoe
+from hybrimoe.runtime.releases import cache_argument, cache_in
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from machine import describe, finish
@@ -71,10 +72,11 @@ def ours(model: torch.nn.Module) -> dict[str, float]:
     start = time.perf_counter()
     model(ids, use_cache=True, logits_to_keep=1)
     prefill = time.perf_counter() - start
-    past = model(ids[:, :8], use_cache=True, logits_to_keep=1).past_key_values
+    filled = model(ids[:, :8], use_cache=True, logits_to_keep=1)
+    past = cache_argument(model, cache_in(filled))
     token, start = ids[:, 8:9], time.perf_counter()
     for _ in range(DECODE):
-        out = model(token, past_key_values=past, use_cache=True)
+        out = model(token, **past, use_cache=True)
         token = out.logits[:, -1:].argmax(-1)
     return {"prefill": PROMPT / prefill, "decode": DECODE / (time.perf_counter() - start)}
 

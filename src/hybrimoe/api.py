@@ -44,6 +44,7 @@ from hybrimoe.runtime.lora import Folding, check_adapters
 from hybrimoe.runtime.measuring.stats import Stats
 from hybrimoe.runtime.pool import ExpertPool
 from hybrimoe.runtime.quantized import refuse_quantized_model
+from hybrimoe.runtime.releases import warn_if_untested
 from hybrimoe.runtime.rms_norms import FusedNorm, find_norms
 from hybrimoe.runtime.routers import seats_of
 from hybrimoe.runtime.shared_experts import EarlyExperts
@@ -62,6 +63,7 @@ class Runtime:
         self, config: Config, model: nn.Module, weights_of: WeightsOf | None = None
     ) -> None:
         check_device(config)
+        warn_if_untested()
         self.config = config
         self.home = home_of(model)
         self.pool = ExpertPool()
@@ -218,7 +220,7 @@ class Runtime:
     def _begin(self, *_: Any) -> None:
         """Forward pre-hook of the model."""
         if self.hybrid is not None:
-            self.hybrid.begin()
+            self.hybrid.begin(self._counters.passing)
 
     def _end(self, *_: Any) -> None:
         """Forward hook of the model."""

@@ -24,10 +24,9 @@ from hybrimoe.kernels.threads import launch, usable_cores
 from hybrimoe.kernels.triton_experts import available as has_triton
 from hybrimoe.runtime.loading.host import host_memory, size_text
 from hybrimoe.runtime.measuring.calibration import cpu_name
+from hybrimoe.runtime.releases import BELOW, NEWEST, OLDEST, release_of, release_text, untested
 
 MARKS = {"ok": "ok  ", "warn": "warn", "fail": "FAIL"}
-OLDEST, NEWEST = (5, 7), (6, 0)
-"""Releases of transformers that work: from the first, below the second."""
 PINNED = 1 << 30
 """Bytes of page-locked memory below which copies to a GPU are slow."""
 LITTLE_DISK = 20 << 30
@@ -249,9 +248,13 @@ def versions() -> Iterator[Finding]:
 
 def transformers_version(version: str) -> Finding:
     """Whether a release of transformers is one that works."""
-    numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
-    if not OLDEST <= numbers < NEWEST:
+    if not OLDEST <= release_of(version) < BELOW:
         return Finding("transformers", "fail", version, "pip install 'transformers>=5.7,<6'")
+    if untested(version):
+        newest = release_text(NEWEST)
+        text = f"{version}, newer than {newest}, the newest release hybrimoe was tested with"
+        advice = f"if something is wrong: pip install 'transformers<={newest}.*'"
+        return Finding("transformers", "warn", text, advice)
     return Finding("transformers", "ok", version)
 
 

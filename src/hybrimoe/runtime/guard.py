@@ -20,10 +20,9 @@ from hybrimoe.policy.routing import Load
 from hybrimoe.policy.scheduler import CpuOnly, OnDemand, Static
 
 CHOSEN = "hybrid"
-DECODE = 16  # a pass with more tokens is prefill: other experts, other costs
-SIZES = (DECODE, 64, 256, 1024)
+SIZES = (16, 64, 256, 1024)
 """Passes are judged among their like, for a token of a long prompt takes a fraction of a short one's:
-with at most so many tokens, and all longer ones together."""
+decode or prefill, with at most so many tokens, and all larger ones together."""
 
 
 @dataclass(frozen=True)
@@ -65,15 +64,15 @@ class Guard:
             "accelerator": Policies(OnDemand(), still, Never()),
             "cpu": Policies(CpuOnly(), still, Never()),
         }
-        self._prefill = prefill
-        self.contests = {"decode": Contest(decode or Trial(), self.modes)}
+        self._decode, self._prefill = decode or Trial(), prefill
+        self.contests = {kind_of(1, True): Contest(self._decode, self.modes)}
         self._running: Contest | None = None
         self._began, self._tokens = 0.0, 1
 
-    def begin(self, now: float, tokens: int) -> None:
+    def begin(self, now: float, tokens: int, is_decode: bool) -> None:
         """A pass of so many tokens starts."""
         self._began, self._tokens = now, tokens
-        self._running = self._contest(tokens)
+        self._running = self._contest(tokens, is_decode)
         policies = self.modes[self._running.next()]
         self.engine.policies, self.engine.cache.ranking = policies, policies.ranking
 
@@ -94,10 +93,11 @@ class Guard:
             seconds = policies.scheduler.plan(load, ready, timeline, own).makespan
             self._running.predicted[name] += seconds / self._tokens
 
-    def _contest(self, tokens: int) -> Contest:
-        name = kind_of(tokens)
+    def _contest(self, tokens: int, is_decode: bool) -> Contest:
+        name = kind_of(tokens, is_decode)
         if name not in self.contests:
-            self.contests[name] = Contest(self._prefill, self.modes)
+            trial = self._decode if is_decode else self._prefill
+            self.contests[name] = Contest(trial, self.modes)
         return self.contests[name]
 
     def to_dict(self) -> dict[str, Any]:
@@ -105,14 +105,15 @@ class Guard:
         return {name: contest.to_dict() for name, contest in self.contests.items()}
 
 
-def kind_of(tokens: int) -> str:
+def kind_of(tokens: int, is_decode: bool) -> str:
     """The name of the passes that one with so many tokens is compared with."""
-    if tokens <= DECODE:
-        return "decode"
+    name = "decode" if is_decode else "prefill"
+    if tokens <= SIZES[0]:
+        return name if is_decode else f"{name} of at most {SIZES[0]} tokens"
     for least, most in itertools.pairwise(SIZES):
         if tokens <= most:
-            return f"prefill of {least + 1} to {most} tokens"
-    return f"prefill of more than {SIZES[-1]} tokens"
+            return f"{name} of {least + 1} to {most} tokens"
+    return f"{name} of more than {SIZES[-1]} tokens"
 
 
 class Contest:

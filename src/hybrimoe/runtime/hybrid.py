@@ -28,10 +28,11 @@ from hybrimoe.runtime.devices.device import Accelerator
 from hybrimoe.runtime.devices.memory import Experts, SlotMemory, reserve, slot_count
 from hybrimoe.runtime.devices.pinning import Pinned
 from hybrimoe.runtime.executor import TorchExecutor
-from hybrimoe.runtime.guard import DECODE, Guard
+from hybrimoe.runtime.guard import Guard
 from hybrimoe.runtime.intake import Intake
 from hybrimoe.runtime.measuring.calibration import calibrated, pooled_subject, stand_in
 from hybrimoe.runtime.measuring.meter import Step
+from hybrimoe.runtime.passes import DECODE_TOKENS, Pass
 from hybrimoe.runtime.pool import ExpertPool
 
 ENDING = (Lane.CPU, Lane.GPU, Lane.LINK)
@@ -100,6 +101,7 @@ class Hybrid:
         self.counts = [LayerCounts() for _ in layers]
         self.meter.reset()
         self.intake = Intake(accelerator, sizes.tolist())
+        self.passing: Pass | None = None  # the pass of the whole model that runs, if one does
         self._took = math.inf  # predicted seconds of the layer before
         self.lock = threading.Lock()  # the engine's books are shared by all callers
 
@@ -137,13 +139,15 @@ class Hybrid:
             return 0
         return depth if self.cache.lacks(layer + 1, layer + 1 + depth) else 0
 
-    def begin(self) -> None:
+    def begin(self, passing: Pass | None) -> None:
         """A forward pass of the whole model starts: what it has grown by may need room."""
         with self.lock:
+            self.passing = passing
             self.memory.relieve()
 
     def end(self) -> None:
         """A forward pass of the whole model is over."""
+        self.passing = None
         if self.guard is not None:
             self.guard.end(self.meter.now())
 
@@ -157,7 +161,7 @@ class Hybrid:
                 self._refine()
         if self.guard is not None and self.memory.slots:
             if load.layer == 0:
-                self.guard.begin(started, tokens)
+                self.guard.begin(started, tokens, self._decodes(tokens))
             self.guard.plan(load, self.cost)
         before = engine.hits, engine.misses, engine.late
         plan = self.memory.run(load, forecasts)
@@ -168,10 +172,14 @@ class Hybrid:
         copied = plan.copies.size > 0
         step = Step(load.layer, started, executor.cpu_end, executor.launched, copied)
         meter.ended(step, seconds)
-        if tokens <= DECODE:
+        if self._decodes(tokens):
             absent = engine.misses + engine.late - before[1] - before[2]
             own = self.cost.of(load.layer)
             meter.decoded(seconds, load.experts.size - absent, absent, own)
+
+    def _decodes(self, tokens: int) -> bool:
+        """Whether the pass is decode; of a part of the model called alone its size must tell."""
+        return tokens <= DECODE_TOKENS if self.passing is None else self.passing.is_decode
 
     def _refine(self) -> None:
         """Move the cost table towards what was measured."""

@@ -18,6 +18,7 @@ from hybrimoe.policy.timeline import Array
 from hybrimoe.runtime.adapters import FoundExperts, find_experts
 from hybrimoe.runtime.experts import PooledExperts
 from hybrimoe.runtime.intake import as_array
+from hybrimoe.runtime.passes import read_pass
 from hybrimoe.runtime.routers import look_ahead, seats_of
 
 DEPTH = 3
@@ -33,10 +34,11 @@ def record(model: nn.Module, *, depth: int = DEPTH) -> Iterator[RoutingTrace]:
         model.generate(**inputs)
     trace.save("routing.npz")
 
-    The trace is empty until the block ends. Every call of the model is a step: a prefill step
-    unless it adds one token to a sequence, and a new sequence when its cache is empty. A batch is
-    one step of several tokens. Scores are the weights the experts were called with, and where the
-    router's logits can be read, those of as many other experts on the same scale.
+    The trace is empty until the block ends. Every call of the model is a step: a decode step if each
+    sequence has a past and brings few tokens (`passes.Pass`), else a prefill step; and a new sequence
+    where none has a past. A batch is one step of several tokens. Scores are the weights the experts
+    were called with, and where the router's logits can be read, those of as many other experts on
+    the same scale.
     depth: layers of forecasts to keep: what the routers of the next layers say to this layer's
         input at that moment. Models whose routers cannot be run early give none.
     """
@@ -74,6 +76,7 @@ class _Recording:
         self.model = model_name(model)
         self.shape = expert_shape(model, found)
         self.step: dict[int, _Layer] = {}
+        self.again: set[int] = set()  # layers that ran more than once in this step
         self.prefill, self.sequence = True, -1
         self.recorder: TraceRecorder | None = None
 
@@ -101,19 +104,16 @@ class _Recording:
         object.__setattr__(trace, "shape", self.shape)
 
     def _enter(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        self.step = {}  # what an interrupted pass left behind is no step
-        tokens = kwargs.get("input_ids", args[0] if args else None)
-        if tokens is None:
-            tokens = kwargs.get("inputs_embeds")
-        length = tokens.shape[1] if tokens is not None and tokens.dim() > 1 else 1
-        past = kwargs.get("past_key_values")
-        fresh = past is None or int(past.get_seq_length()) == 0
-        self.prefill = fresh or length > 1
-        self.sequence += fresh
+        self.step, self.again = {}, set()  # what an interrupted pass left behind is no step
+        entered = read_pass(model, args, kwargs)
+        self.prefill = not entered.is_decode
+        self.sequence += entered.is_new
 
     def _routed(self, layer: int) -> Any:
         def seen(module: nn.Module, args: Any, kwargs: Any) -> None:
             _, ids, weights = (*args, *kwargs.values())[:3]
+            if layer in self.step:
+                self.again.add(layer)
             with torch.no_grad():
                 self.step[layer] = self._read(layer, ids, weights)
 
@@ -138,6 +138,12 @@ class _Recording:
         step, self.step = self.step, {}
         if not step:
             return
+        if self.again:
+            names = [self.found[layer][0].name for layer in sorted(self.again)]
+            raise TraceError(
+                f"a pass ran {', '.join(names)} more than once: the layers of this model are looped, "
+                "and a trace holds each layer once per pass"
+            )
         missing = set(range(len(self.found))) - set(step)
         sizes = {layer.ids.shape[0] for layer in step.values()}
         ways = {layer.top_k for layer in step.values()}

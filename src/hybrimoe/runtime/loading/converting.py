@@ -16,6 +16,7 @@ from transformers.core_model_loading import (
 from hybrimoe.errors import CheckpointError
 from hybrimoe.runtime.loading.arrivals import Arrivals
 from hybrimoe.runtime.loading.reading import Reader
+from hybrimoe.runtime.releases import CONVERTER_STATE
 
 
 class Unchanged(ConversionOps):  # type: ignore[misc]
@@ -46,7 +47,7 @@ class PackingConverter(WeightConverter):  # type: ignore[misc]
         """With the patterns and operations of another converter."""
         patterns = other._original_source_patterns, other._original_target_patterns
         new = cls(*(list(pattern) for pattern in patterns), other.operations)._sharing(*share)
-        for name in ("scope_prefix", "base_model_prefix", "force_cpu"):
+        for name in CONVERTER_STATE:
             if hasattr(other, name):
                 setattr(new, name, getattr(other, name))
         return new

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hybrimoe.runtime.adapters import FoundExperts
+from hybrimoe.runtime.releases import cache_in
 
 
 class ForwardMemory(NamedTuple):
@@ -45,7 +46,7 @@ def forward_memory(model: Any, found: list[FoundExperts], tokens: int) -> Forwar
             for mode in (torch.no_grad(), _Attention(), live):
                 stack.enter_context(mode)  # type: ignore[arg-type]
             output = model(**_inputs(model, tokens))
-            cache = storage_bytes(output.get("past_key_values"))
+            cache = storage_bytes(cache_in(output))
     except (NotImplementedError, RuntimeError, ValueError, TypeError, AttributeError, IndexError):
         return _by_formula(model, tokens)
     return ForwardMemory(cache, max(live.peak - cache, 0), True, live.operations)

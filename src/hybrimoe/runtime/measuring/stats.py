@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from hybrimoe.runtime.passes import Pass, read_pass
+
 
 @dataclass
 class LayerStats:
@@ -23,13 +25,14 @@ class LayerStats:
 
 @dataclass
 class Stats:
-    """Totals since the last reset. A pass with one token per sequence is decode, else prefill."""
+    """Totals since the last reset. passing: the forward pass that runs, None between two."""
 
     layers: list[LayerStats] = field(default_factory=list)
     prefill_s: float = 0.0
     prefill_tokens: int = 0
     decode_s: float = 0.0
     decode_tokens: int = 0
+    passing: Pass | None = None
     _entered: float = 0.0
 
     def record(self, layer: int, ids: np.ndarray, seconds: float) -> None:
@@ -55,19 +58,18 @@ class Stats:
     def enter(self, module: Any, args: Any, kwargs: Any) -> None:
         """Forward pre-hook of the model: the clock of a pass starts."""
         if not torch.compiler.is_compiling():  # a compiled graph has no clock
+            self.passing = read_pass(module, args, kwargs)
             self._entered = time.perf_counter()
 
     def leave(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        """Forward hook of the model: the clock stops; the shape tells prefill from decode."""
-        if torch.compiler.is_compiling():
+        """Forward hook of the model: the clock stops."""
+        if torch.compiler.is_compiling() or self.passing is None:
             return
         seconds = time.perf_counter() - self._entered
-        ids = kwargs.get("input_ids", args[0] if args else kwargs.get("inputs_embeds"))
-        batch, length = (
-            (ids.shape[0], ids.shape[1]) if ids is not None and ids.dim() > 1 else (1, 1)
-        )
-        if length == 1:
-            self.decode_s, self.decode_tokens = self.decode_s + seconds, self.decode_tokens + batch
+        passed, self.passing = self.passing, None
+        if passed.is_decode:
+            self.decode_s += seconds
+            self.decode_tokens += passed.tokens
         else:
             self.prefill_s += seconds
-            self.prefill_tokens += batch * length
+            self.prefill_tokens += passed.tokens
