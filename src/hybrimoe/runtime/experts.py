@@ -75,9 +75,15 @@ class PooledExperts(Rooted):
             parameter.data = torch.empty(0, dtype=self.dtype)
 
     def restore(self) -> None:
-        """Undo `install`: weights back into the original, the original back into the model."""
-        for name, tensor in self.unpacked().items():
-            getattr(self.original, name).data = tensor
+        """Undo `install`: weights back into the original, the original back into the model.
+
+        Weights that an interrupted `install` has not dropped stay as they are.
+        """
+        parameters = {name: getattr(self.original, name) for name in self.shapes}
+        dropped = [name for name, p in parameters.items() if p.shape != self.shapes[name]]
+        tensors = self.unpacked() if dropped else {}
+        for name in dropped:
+            parameters[name].data = tensors[name]
         self.original.train(self.training)
         setattr(self.found.parent, self.found.attribute, self.original)
         self.pool.release(self.index)
