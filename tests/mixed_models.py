@@ -30,6 +30,7 @@ def pruned(layers=PRUNED, dtype=torch.float32):
         num_experts=4, num_experts_per_tok=2,
     )  # fmt: skip
     model = Qwen3MoeForCausalLM(config).eval()
+    model.config._experts_implementation = "eager"
     for block, (experts, top_k, inner) in zip(model.model.layers, layers):
         routed, gate = block.mlp.experts, block.mlp.gate
         routed.gate_up_proj = nn.Parameter(torch.randn(experts, 2 * inner, 64) * 0.2)
