@@ -13,12 +13,12 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor, nn
 
+from hybrimoe.accelerators import check_device, has_accelerator, move_dense, open_accelerator
 from hybrimoe.config import Config
 from hybrimoe.errors import (
     ConfigError,
     DeviceLostError,
     FormatError,
-    InsufficientMemoryError,
     UnsupportedModelError,
     WrappedModelError,
 )
@@ -28,10 +28,10 @@ from hybrimoe.policy.timeline import perfetto
 from hybrimoe.report import Report
 from hybrimoe.runtime import formats
 from hybrimoe.runtime.adapters import FoundExperts, find_experts, top_k_of
+from hybrimoe.runtime.attempts import Attempts
 from hybrimoe.runtime.counts import Counts
-from hybrimoe.runtime.devices.cuda import TorchAccelerator
-from hybrimoe.runtime.devices.device import Accelerator, EmulatedAccelerator
-from hybrimoe.runtime.devices.memory import kv_bytes
+from hybrimoe.runtime.devices.device import Accelerator
+from hybrimoe.runtime.devices.memory import Experts, Reserve, kv_bytes, slot_count
 from hybrimoe.runtime.experts import PooledExperts
 from hybrimoe.runtime.foresight import Foresight
 from hybrimoe.runtime.frozen import FrozenNotice
@@ -42,13 +42,14 @@ from hybrimoe.runtime.loading.load_memory import ensure_wrap_fits
 from hybrimoe.runtime.loading.packed_linears import StoredLinear
 from hybrimoe.runtime.lora import Folding, check_adapters
 from hybrimoe.runtime.measuring.stats import Stats
+from hybrimoe.runtime.places import holder_of
 from hybrimoe.runtime.pool import ExpertPool
 from hybrimoe.runtime.quantized import refuse_quantized_model
 from hybrimoe.runtime.releases import warn_if_untested
 from hybrimoe.runtime.rms_norms import FusedNorm, find_norms
 from hybrimoe.runtime.routers import seats_of
 from hybrimoe.runtime.shared_experts import EarlyExperts
-from hybrimoe.runtime.storage.tiers import WeightsOf, open_tier
+from hybrimoe.runtime.storage.tiers import WeightsOf, open_tier, shape_of
 from hybrimoe.runtime.tuners import home_of
 from hybrimoe.verification import Verification, verify_layers
 
@@ -197,6 +198,25 @@ class Runtime:
         for layer in self.layers:
             layer.watch = notice
 
+    @property
+    def in_place(self) -> list[PooledExperts | PackedLinear | FusedNorm]:
+        """Those of `packed` that stand in the model."""
+        return [part for part in self.packed if holder_of(part.found, part)]
+
+    def undo(self) -> Attempts:
+        """Put the model's own modules back, with their weights, whatever the accelerator or the disk
+        says. What is still `in_place` afterwards could not be read; trying again may help.
+        """
+        attempts = Attempts()
+        attempts.take(self.detach)
+        if self.hybrid is not None:
+            self.hybrid.close(attempts)
+        for part in self.in_place:
+            attempts.take(part.restore)
+        if not self.in_place:
+            attempts.let_go(self.close)
+        return attempts
+
     def detach(self) -> None:
         """Remove the hooks and the guards from the model."""
         self._guards.remove()
@@ -268,8 +288,8 @@ def wrap(model: Model, config: Config | None = None, **overrides: Any) -> Model:
         for experts in found:
             runtime.pack(experts).install()
         complete(runtime, model)
-    except BaseException:
-        _roll_back(runtime)
+    except BaseException as error:
+        _roll_back(runtime, model, error)
         raise
     return model
 
@@ -289,9 +309,12 @@ def complete(runtime: Runtime, model: nn.Module) -> None:
         if accelerator is None and runtime.pool.tier is not None:
             runtime.foresee(model)  # its hooks on norms come last: a norm with hooks is not fused
         runtime.guard(model)
-    except BaseException:
+    except BaseException as error:
         if accelerator is not None:
-            move_dense(model, "cpu")
+            attempts = Attempts()
+            attempts.take(_bring_back_dense, model)
+            for failure in attempts.errors:
+                error.add_note(str(failure))
         raise
     # A PEFT model passes the name on; the model inside outlives it.
     runtime.home.hybrimoe = runtime
@@ -305,22 +328,20 @@ def unwrap(model: Model) -> Model:
     lossless ("native"); for "int8" and "int4" they are the dequantized ones, and a warning says so.
     Experts of a GGUF file come back as the numbers that its own integers stand for. A model that is
     not wrapped is returned as it is. Raises InsufficientMemoryError, and leaves the model wrapped,
-    if there is no room for the unpacked weights.
+    if there is no room for the unpacked weights. Whatever an accelerator does, the weights come back;
+    experts on a disk that cannot be read stay wrapped, and `unwrap` may be called again.
     """
     runtime = getattr(model, "hybrimoe", None)
     if runtime is None:
         return model
-    sizes = [(layer.native_bytes, layer.packed_bytes) for layer in runtime.packed]
+    sizes = [(layer.native_bytes, layer.packed_bytes) for layer in runtime.in_place]
     ensure_unwrap_fits(model, sizes)
-    runtime.detach()
+    attempts = runtime.undo()
     if runtime.hybrid is not None:
-        runtime.hybrid.close()
-    for layer in runtime.packed:
-        layer.restore()
-    runtime.close()
-    del runtime.home.hybrimoe
-    if runtime.hybrid is not None:
-        _bring_back_dense(model)
+        attempts.take(_bring_back_dense, model)
+    if not runtime.in_place:
+        del runtime.home.hybrimoe
+    attempts.finish("the model is unwrapped")
     rounded = {
         "experts": runtime.config.weights != "native" and runtime.config.weights,
         "dense layers": runtime.config.linear,
@@ -362,47 +383,6 @@ def _bring_back_dense(model: nn.Module) -> None:
         ) from error
 
 
-def check_device(config: Config) -> None:
-    """Raise ConfigError if this machine cannot do what is asked of a device."""
-    found = torch.cuda.is_available()
-    if config.device == "cuda" and not found:
-        raise ConfigError("device='cuda' needs a CUDA device, torch finds none; try 'emulated'")
-    if config.device == "auto" and found and config.linear is not None:
-        raise ConfigError(
-            f"linear={config.linear!r} packs dense layers for the CPU, but here they run on the "
-            "GPU; leave it out, or choose device='cpu'"
-        )
-
-
-def open_accelerator(config: Config) -> Accelerator | None:
-    """The accelerator a configuration asks for, or None for the CPU alone."""
-    if config.device == "emulated":
-        return EmulatedAccelerator()
-    if config.device != "cpu" and torch.cuda.is_available():
-        return TorchAccelerator()
-    return None
-
-
-def move_dense(model: nn.Module, device: str) -> None:
-    """Put everything that is not a pooled expert on a device: attention, norms, routers, heads.
-
-    Raises InsufficientMemoryError where it does not fit, having moved a part of it.
-    """
-    try:
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(device)
-        for module in model.modules():
-            for name, buffer in module._buffers.items():
-                module._buffers[name] = buffer if buffer is None else buffer.to(device)
-    except torch.OutOfMemoryError as error:
-        size = sum(parameter.nbytes for parameter in model.parameters())
-        raise InsufficientMemoryError(
-            f"the model without its experts takes {size} bytes and does not fit on {device}; free "
-            "some memory there, or use device='cpu'",
-            size,
-        ) from error
-
-
 def _already_wrapped(model: Model, config: Config) -> Model:
     current = model.hybrimoe.config  # type: ignore[union-attr]
     if current != config:
@@ -429,16 +409,27 @@ def _check(model: nn.Module, found: list[FoundExperts], config: Config) -> None:
         biases = [b for b in (described.up_bias, described.down_bias) if b is not None]
         folded = check_adapters(model, experts, fmt)
         formats.check_range(experts.name, fmt, [described.up, described.down, *biases, *folded])
+    _check_room(found, config)
 
 
-def _roll_back(runtime: Runtime) -> None:
-    runtime.detach()
-    if runtime.hybrid is not None:
-        runtime.hybrid.close()
-    for layer in runtime.packed:
-        layer.restore()
-    runtime.close()
-    if runtime.layers and runtime.config.weights != "native":
+def _check_room(found: list[FoundExperts], config: Config) -> None:
+    """Raise ConfigError for a `vram` that does not hold one expert per layer."""
+    if config.vram is None or not has_accelerator(config):
+        return
+    shapes = [shape_of(experts, config.weights) for experts in found]
+    number, largest = sum(n for n, _ in shapes), max(size for _, size in shapes)
+    slot_count(config.vram, Experts(number, len(shapes), largest), None, Reserve(0, 0))
+
+
+def _roll_back(runtime: Runtime, model: nn.Module, error: BaseException) -> None:
+    """Make the model what it was before a `wrap` that failed, or say in its error what is missing."""
+    attempts = runtime.undo()
+    for failure in (*attempts.errors, *attempts.complaints):
+        error.add_note(f"while undoing it: {type(failure).__name__}: {failure}")
+    if runtime.in_place:
+        runtime.home.hybrimoe = runtime
+        error.add_note("some experts are still packed: hybrimoe.unwrap(model) tries again")
+    elif runtime.layers and runtime.config.weights != "native":
         warnings.warn(
             f"wrap failed after {len(runtime.layers)} layers had been stored as "
             f"{runtime.config.weights}; these hold dequantized weights now: reload the model",

@@ -93,5 +93,7 @@ def _finish(runtime: Runtime, model: nn.Module) -> None:
         complete(runtime, model)
     except BaseException:
         runtime.detach()
+        if runtime.hybrid is not None:
+            runtime.hybrid.close()
         runtime.close()
         raise

@@ -21,6 +21,7 @@ from hybrimoe.runtime.hybrid import Hybrid
 from hybrimoe.runtime.lora import LayerAdapters
 from hybrimoe.runtime.measuring.stats import Stats
 from hybrimoe.runtime.pairs import check_kinds, each_alone, without_blanks
+from hybrimoe.runtime.places import exchange
 from hybrimoe.runtime.pool import ExpertPool, allocate_blobs, checksum
 from hybrimoe.runtime.shared_experts import EarlyExperts
 from hybrimoe.runtime.stand_ins import StandIn
@@ -81,30 +82,25 @@ class PooledExperts(Rooted):
 
     def install(self) -> None:
         """Take the original's place in its parent and drop its weights."""
-        self._replace(self.original, self)
+        exchange(self.found, self.original, self)
         self.adapters.adopt()
         for name in self.shapes:
             parameter = getattr(self.original, name)
             parameter.data = torch.empty(0, dtype=self.dtype)
 
     def restore(self) -> None:
-        """Undo `install`: weights back into the original, the original back into the model."""
-        for name, tensor in self.adapters.plain().items():
-            getattr(self.original, name).data = tensor
-        self.original.train(self.training)
-        self._replace(self, self.original)
-        self.pool.release(self.index)
+        """Undo `install`: weights back into the original, the original back into the model.
 
-    def _replace(self, old: nn.Module, new: nn.Module) -> None:
-        """Hang a module where another one does, below all wrappers around that."""
-        parent, attribute = self.found.parent, self.found.attribute
-        if parent._modules[attribute] is old:
-            setattr(parent, attribute, new)
-            return
-        for holder in list(parent._modules[attribute].modules()):
-            for name, child in list(holder._modules.items()):
-                if child is old:
-                    setattr(holder, name, new)
+        Weights that an interrupted `install` has not dropped stay as they are.
+        """
+        parameters = {name: getattr(self.original, name) for name in self.shapes}
+        dropped = [name for name, p in parameters.items() if p.shape != self.shapes[name]]
+        tensors = self.adapters.plain() if dropped else {}
+        for name in dropped:
+            parameters[name].data = tensors[name]
+        self.original.train(self.training)
+        exchange(self.found, self, self.original)
+        self.pool.release(self.index)
 
     def seal(self) -> None:
         """The blobs are complete: remember what they hold."""

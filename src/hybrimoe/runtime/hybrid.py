@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from hybrimoe.config import Config
-from hybrimoe.errors import ConfigError, DeviceLostError
+from hybrimoe.errors import ConfigError, DeviceLostError, WrappedModelError
 from hybrimoe.kernels.layout import Layout
 from hybrimoe.kernels.moe import PackedLayer
 from hybrimoe.policy.cache import Cache
@@ -24,6 +24,7 @@ from hybrimoe.policy.forecaster import Markov
 from hybrimoe.policy.presets import preset
 from hybrimoe.policy.routing import Forecast, Load
 from hybrimoe.policy.timeline import Lane, Span, Timeline
+from hybrimoe.runtime.attempts import Attempts
 from hybrimoe.runtime.devices.device import Accelerator
 from hybrimoe.runtime.devices.memory import Experts, SlotMemory, reserve, slot_count
 from hybrimoe.runtime.devices.pinning import Pinned
@@ -62,7 +63,7 @@ class Hybrid:
         threads: int | None = None,
         kv: int = 0,
     ) -> None:
-        self.pool, self.accelerator = pool, accelerator
+        self.pool, self.accelerator, self.is_closed = pool, accelerator, False
         self.policies = policies = config.policies()
         layers = [layer for layer in pool.layers if layer]
         sizes = np.array([layer.experts for layer in layers])
@@ -116,6 +117,11 @@ class Hybrid:
         inputs: hidden states [T, D], ids [T, K] and weights [T, K]. early: launches what else may
         run while the CPU has its share.
         """
+        if self.is_closed:
+            raise WrappedModelError(
+                "the accelerator was given back by an hybrimoe.unwrap that could not restore all "
+                "experts; call it again"
+            )
         with self.lock:
             executor = self.executor
             taken = self.memory.within(lambda: self.intake.take(layer, inputs, self._depth(layer)))
@@ -241,12 +247,16 @@ class Hybrid:
             self.accelerator.synchronize()
             self.meter.settle()
 
-    def close(self) -> None:
-        """Let go of the memory of both sides; the host's is about to be freed."""
-        with contextlib.suppress(DeviceLostError):
-            self.accelerator.synchronize()  # background copies still read it
-            self.accelerator.allocate(0, 0)
-        self.pinned.unpin()
+    def close(self, attempts: Attempts | None = None) -> None:
+        """Let go of the memory of both sides; the host's is about to be freed.
+
+        attempts: takes what the device says against it, which nobody hears of otherwise.
+        """
+        attempts, self.is_closed = attempts or Attempts(), True
+        if attempts.let_go(self.accelerator.synchronize):  # background copies still read it
+            attempts.let_go(self.accelerator.allocate, 0, 0)
+        while self.pinned.nbytes:
+            attempts.let_go(self.pinned.unpin)
 
     def _bound_share(self) -> float | None:
         """How close decode comes to reading its weights at full speed, where times mean anything."""

@@ -15,6 +15,7 @@ from hybrimoe.kernels.workspace import Workspace
 from hybrimoe.runtime import formats, opaque
 from hybrimoe.runtime.adapters import ExpertWeights
 from hybrimoe.runtime.guards import Rooted
+from hybrimoe.runtime.places import exchange
 from hybrimoe.runtime.pool import allocate_blobs
 from hybrimoe.runtime.routers import seats_of
 from hybrimoe.runtime.tuners import own_modules
@@ -97,7 +98,7 @@ class PackedLinear(Rooted):
 
     def install(self) -> None:
         """Take the original's place in its parent and drop its weight."""
-        setattr(self.found.parent, self.found.attribute, self)
+        exchange(self.found, self.found.module, self)
         if not self.found.tied:
             self.found.module.weight.data = torch.empty(0, dtype=self.dtype)
 
@@ -106,7 +107,7 @@ class PackedLinear(Rooted):
         if not self.found.tied:
             self.found.module.weight.data = self.unpacked()
         self.found.module.train(self.training)
-        setattr(self.found.parent, self.found.attribute, self.found.module)
+        exchange(self.found, self, self.found.module)
 
     def kept(self) -> dict[str, Tensor]:
         """What of the original is not packed: its bias, and a weight that is another module's too."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hybrimoe.kernels.norm import run_norm
 from hybrimoe.runtime import formats
 from hybrimoe.runtime.guards import Rooted
+from hybrimoe.runtime.places import exchange
 
 MOST = 1 << 14
 """Numbers of one call, beyond which torch's threads are worth their calls."""
@@ -62,12 +63,12 @@ class FusedNorm(Rooted):
 
     def install(self) -> None:
         """Take the original's place in its parent."""
-        setattr(self.found.parent, self.found.attribute, self)
+        exchange(self.found, self.found.module, self)
 
     def restore(self) -> None:
         """Undo `install`."""
         self.found.module.train(self.training)
-        setattr(self.found.parent, self.found.attribute, self.found.module)
+        exchange(self.found, self, self.found.module)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What the original returns for the same arguments."""

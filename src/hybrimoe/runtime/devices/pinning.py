@@ -56,8 +56,7 @@ class Pinned:
 
     def _undo(self, kept: int) -> None:
         while len(self._chunks) > kept:
-            self.accelerator.unpin(self._chunks[-1])
-            self._chunks.pop()
+            self.accelerator.unpin(self._chunks.pop())  # off the list first: it is not tried twice
 
 
 def chunks(blobs: np.ndarray, largest: int = LARGEST) -> Iterator[np.ndarray]:

@@ -187,8 +187,10 @@ class DiskTier:
 
     def close(self) -> None:
         """End the reads and close the files; a temporary one is gone with it."""
-        self.reader.close()
-        self.backing.close()
+        try:
+            self.reader.close()
+        finally:
+            self.backing.close()
 
     def _run(self, job: Job, load: Load, held: set[int], foresee: Foresee) -> None:
         index, waiting = job.number, deque(np.sort(load.experts).tolist())
