@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -60,7 +61,7 @@ class Runtime:
     ) -> None:
         check_device(config)
         self.config = config
-        self.home = home_of(model)
+        self._model = weakref.ref(model)
         self.pool = ExpertPool()
         self.pool.folding = self.folding = Folding()
         self.pool.tier = open_tier(config, model, weights_of)
@@ -71,11 +72,11 @@ class Runtime:
         self._counters = Stats()
         self.threads = config.threads or min(torch.get_num_threads(), usable_cores())
         self._guards, self._counts = Guards(), Counts()
-        self._hooks = [  # of a PEFT model, `generate` calls the model inside
-            self.home.register_forward_pre_hook(self._counters.enter, with_kwargs=True),
-            self.home.register_forward_pre_hook(self._begin),
-            self.home.register_forward_hook(self._counters.leave, with_kwargs=True),
-            self.home.register_forward_hook(self._end),
+        self._hooks = [
+            model.register_forward_pre_hook(self._counters.enter, with_kwargs=True),
+            model.register_forward_pre_hook(self._begin),
+            model.register_forward_hook(self._counters.leave, with_kwargs=True),
+            model.register_forward_hook(self._end),
         ]
 
     def report(self) -> Report:
@@ -194,6 +195,12 @@ class Runtime:
             if layer.early is not None:
                 layer.early.remove()
 
+    def leave(self) -> None:
+        """Be `model.hybrimoe` no more; a PEFT model around it only passes the name on."""
+        model = self._model()
+        assert model is not None
+        del model.hybrimoe
+
     def close(self) -> None:
         """End the threads and close the files of experts on disk; nobody may need them any more."""
         if self.pool.tier is not None:
@@ -240,6 +247,12 @@ def wrap(model: Model, config: Config | None = None, **overrides: Any) -> Model:
             f"{type(model).__name__} is already wrapped as part of another model, or a part of it "
             "is; call hybrimoe.unwrap on the model that was given to wrap"
         )
+    _wrap(home_of(model), config)
+    return model
+
+
+def _wrap(model: nn.Module, config: Config) -> None:
+    """`wrap` for a model that no PEFT model is around: that one passes on the name `hybrimoe`."""
     found = find_experts(model)
     _check(model, found, config)
     ensure_wrap_fits(model, found, config.weights, config.ram)
@@ -252,7 +265,6 @@ def wrap(model: Model, config: Config | None = None, **overrides: Any) -> Model:
     except BaseException:
         _roll_back(runtime)
         raise
-    return model
 
 
 def complete(runtime: Runtime, model: nn.Module) -> None:
@@ -274,8 +286,7 @@ def complete(runtime: Runtime, model: nn.Module) -> None:
         if accelerator is not None:
             move_dense(model, "cpu")
         raise
-    # A PEFT model passes the name on; the model inside outlives it.
-    runtime.home.hybrimoe = runtime
+    model.hybrimoe = runtime  # type: ignore[assignment]
     logger.info("wrapped %s: %s", type(model).__name__, runtime)
 
 
@@ -299,7 +310,7 @@ def unwrap(model: Model) -> Model:
     for layer in runtime.packed:
         layer.restore()
     runtime.close()
-    del runtime.home.hybrimoe
+    runtime.leave()
     if runtime.hybrid is not None:
         _bring_back_dense(model)
     rounded = {
@@ -423,5 +434,5 @@ def _roll_back(runtime: Runtime) -> None:
         warnings.warn(
             f"wrap failed after {len(runtime.layers)} layers had been stored as "
             f"{runtime.config.weights}; these hold dequantized weights now: reload the model",
-            stacklevel=3,
+            stacklevel=4,
         )
