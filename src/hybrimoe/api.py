@@ -176,7 +176,8 @@ class Runtime:
         )
         self._guards.install(model, names, dtypes)
         self._counts.install(model, names)
-        notice = FrozenNotice(model, names[0])
+        what = "experts and packed dense layers" if self.linears else "experts"
+        notice = FrozenNotice(model, names[0], what)
         for layer in self.layers:
             layer.watch = notice
 
