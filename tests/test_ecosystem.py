@@ -1,5 +1,6 @@
-"""Libraries around transformers, on wrapped models. What is not installed is skipped."""
+"""Libraries around transformers, on wrapped models. The evaluation harness is skipped if missing."""
 
+import peft
 import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
@@ -47,7 +48,6 @@ def test_continuous_batching_generates_what_single_requests_do(small, tokenizer)
 
 
 def test_a_peft_adapter_on_attention_trains_beside_wrapped_experts(small, tokenizer):
-    peft = pytest.importorskip("peft")
     hybrimoe.wrap(small, device="cpu")
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     adapted = peft.get_peft_model(small, config)

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import warnings
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -66,7 +67,7 @@ class Runtime:
         check_device(config)
         warn_if_untested()
         self.config = config
-        self.home = home_of(model)
+        self._model = weakref.ref(model)
         self.pool = ExpertPool()
         self.pool.folding = self.folding = Folding()
         self.pool.tier = open_tier(config, model, weights_of)
@@ -80,11 +81,11 @@ class Runtime:
         self._counters = Stats()
         self.threads = config.threads or min(torch.get_num_threads(), usable_cores())
         self._guards, self._counts = Guards(), Counts()
-        self._hooks = [  # of a PEFT model, `generate` calls the model inside
-            self.home.register_forward_pre_hook(self._counters.enter, with_kwargs=True),
-            self.home.register_forward_pre_hook(self._begin),
-            self.home.register_forward_hook(self._counters.leave, with_kwargs=True),
-            self.home.register_forward_hook(self._end),
+        self._hooks = [
+            model.register_forward_pre_hook(self._counters.enter, with_kwargs=True),
+            model.register_forward_pre_hook(self._begin),
+            model.register_forward_hook(self._counters.leave, with_kwargs=True),
+            model.register_forward_hook(self._end),
         ]
 
     def report(self) -> Report:
@@ -194,7 +195,8 @@ class Runtime:
         )
         self._guards.install(model, names, dtypes)
         self._counts.install(model, names)
-        notice = FrozenNotice(model, names[0])
+        what = "experts and packed dense layers" if self.linears else "experts"
+        notice = FrozenNotice(model, names[0], what)
         for layer in self.layers:
             layer.watch = notice
 
@@ -231,6 +233,12 @@ class Runtime:
         for layer in self.layers:
             if layer.early is not None:
                 layer.early.remove()
+
+    def leave(self) -> None:
+        """Be `model.hybrimoe` no more; a PEFT model around it only passes the name on."""
+        model = self._model()
+        assert model is not None
+        del model.hybrimoe
 
     def close(self) -> None:
         """End the threads and close the files of experts on disk; nobody may need them any more."""
@@ -279,6 +287,12 @@ def wrap(model: Model, config: Config | None = None, **overrides: Any) -> Model:
             "is; call hybrimoe.unwrap on the model that was given to wrap"
         )
     refuse_quantized_model(model, config.linear)
+    _wrap(home_of(model), config)
+    return model
+
+
+def _wrap(model: nn.Module, config: Config) -> None:
+    """`wrap` for a model that no PEFT model is around: that one passes on the name `hybrimoe`."""
     found = find_experts(model)
     _check(model, found, config)
     ensure_wrap_fits(model, found, config.weights, config.ram)
@@ -291,7 +305,6 @@ def wrap(model: Model, config: Config | None = None, **overrides: Any) -> Model:
     except BaseException as error:
         _roll_back(runtime, model, error)
         raise
-    return model
 
 
 def complete(runtime: Runtime, model: nn.Module) -> None:
@@ -316,8 +329,7 @@ def complete(runtime: Runtime, model: nn.Module) -> None:
             for failure in attempts.errors:
                 error.add_note(str(failure))
         raise
-    # A PEFT model passes the name on; the model inside outlives it.
-    runtime.home.hybrimoe = runtime
+    model.hybrimoe = runtime  # type: ignore[assignment]
     logger.info("wrapped %s: %s", type(model).__name__, runtime)
 
 
@@ -340,7 +352,7 @@ def unwrap(model: Model) -> Model:
     if runtime.hybrid is not None:
         attempts.take(_bring_back_dense, model)
     if not runtime.in_place:
-        del runtime.home.hybrimoe
+        runtime.leave()
     attempts.finish("the model is unwrapped")
     rounded = {
         "experts": runtime.config.weights != "native" and runtime.config.weights,
@@ -427,11 +439,11 @@ def _roll_back(runtime: Runtime, model: nn.Module, error: BaseException) -> None
     for failure in (*attempts.errors, *attempts.complaints):
         error.add_note(f"while undoing it: {type(failure).__name__}: {failure}")
     if runtime.in_place:
-        runtime.home.hybrimoe = runtime
+        model.hybrimoe = runtime  # type: ignore[assignment]
         error.add_note("some experts are still packed: hybrimoe.unwrap(model) tries again")
     elif runtime.layers and runtime.config.weights != "native":
         warnings.warn(
             f"wrap failed after {len(runtime.layers)} layers had been stored as "
             f"{runtime.config.weights}; these hold dequantized weights now: reload the model",
-            stacklevel=3,
+            stacklevel=4,
         )

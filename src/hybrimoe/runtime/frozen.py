@@ -22,9 +22,10 @@ class FrozenNotice:
     has frozen the experts on purpose.
     """
 
-    def __init__(self, model: nn.Module, path: str) -> None:
+    def __init__(self, model: nn.Module, path: str, what: str) -> None:
         self._model = weakref.ref(model)
         self._path = path  # of the first layer's experts
+        self._what = what  # is frozen
         self._said = False
 
     def __call__(self, layer: PooledExperts, trains_adapters: bool) -> None:
@@ -36,8 +37,8 @@ class FrozenNotice:
         if any(parameter.requires_grad for parameter in base_parameters(self._around())):
             self._said = True
             warnings.warn(
-                "the experts of a wrapped model are frozen: they get no gradient and stay as they are, "
-                "while the rest of the model is trained; call hybrimoe.unwrap(model) to train them too",
+                f"the {self._what} of a wrapped model are frozen: they get no gradient and stay as they "
+                "are while the rest is trained; call hybrimoe.unwrap(model) to train them too",
                 stacklevel=2,
             )
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import threading
 import warnings
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from hybrimoe.errors import FormatError
-from hybrimoe.kernels.layout import has_k_types
+from hybrimoe.kernels.layout import has_k_types, split
 from hybrimoe.runtime import deltas, formats, tuners
 from hybrimoe.runtime.deltas import Delta, Kept
 from hybrimoe.runtime.pool import checksum
@@ -201,8 +200,6 @@ class Folding:
     def __init__(self) -> None:
         self.layers: list[PooledExperts] = []
         self._lock = threading.RLock()
-        hook = register_module_module_registration_hook(_registered)
-        self._release = weakref.finalize(self, hook.remove)
 
     def follow(self) -> None:
         """Bring every stale layer up to date."""
@@ -215,7 +212,6 @@ class Folding:
 
     def close(self) -> None:
         """The layers are about to be the original's again."""
-        self._release()
         for layer in self.layers:
             layer.adapters.leave()
 
@@ -263,7 +259,8 @@ def check_weights(name: str, fmt: str, tensors: list[Tensor]) -> None:
             f"the experts of {name} are kept as {fmt}, as a GGUF file holds them: an adapter's delta "
             "cannot be added to them; load them as weights='int8', or leave experts out of the adapter"
         )
-    formats.check_range(name, fmt, tensors)
+    for part in dict.fromkeys(split(fmt)):
+        formats.check_range(name, part, tensors)
 
 
 def adopt(wrapper: Any, layer: PooledExperts) -> None:
@@ -348,3 +345,7 @@ def _look(factor: Tensor) -> State:
         return factor.data_ptr(), version
     numbers = formats.bits(factor.detach()).reshape(-1)
     return factor.data_ptr(), version, numbers[:: max(numbers.size // SAMPLES, 1)].tobytes()
+
+
+# For good: a hook that is taken away while another thread builds a model would end that.
+register_module_module_registration_hook(_registered)

@@ -34,7 +34,7 @@ class StandIn(nn.Parameter):
     @classmethod
     def of(cls, name: str, shape: torch.Size, dtype: torch.dtype) -> StandIn:
         """The stand-in of a parameter; it takes the memory of one number."""
-        made = cls(torch.zeros((), dtype=dtype).expand(shape), requires_grad=False)
+        made = cls(torch.zeros((), dtype=dtype, device="cpu").expand(shape), requires_grad=False)
         made.label = name
         return made
 

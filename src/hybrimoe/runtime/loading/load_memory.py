@@ -19,6 +19,7 @@ from hybrimoe.runtime.loading.skeleton import kept_dtypes, packs_on_arrival
 from hybrimoe.runtime.storage.backing import padded
 from hybrimoe.runtime.storage.tier_sizes import TierSizes, tier_sizes
 from hybrimoe.runtime.storage.tiers import shape_of
+from hybrimoe.runtime.tuners import wrappers_of
 
 Size = int | float | str | None
 MIB = 1 << 20
@@ -65,10 +66,12 @@ def ensure_wrap_fits(
     """Raise InsufficientMemoryError, before any is taken, if packing a loaded model cannot fit.
 
     Each layer gives back its weights once they are packed, so the most is needed at the first one,
-    or at the last where the packed experts are the larger ones.
+    or at the last where the packed experts are the larger ones. One with adapters is packed from a
+    copy of its weights.
     """
     layers, have = _to_wrap(found, weights), host_memory()
-    top_k, room = top_k_of(model), have.free - MARGIN
+    copied = [own for (_, _, own), item in zip(layers, found) if _has_adapters(item)]
+    top_k, room = top_k_of(model), have.free - MARGIN - max(copied, default=0)
     sizes = None if ram is None else tier_sizes(ram, [layer[:2] for layer in layers], top_k)
     need = _wrap_peak(layers, math.inf if sizes is None else sizes.slots * sizes.slot_bytes)
     fits = [w for w in WEIGHTS if _wrap_peak(_to_wrap(found, w), math.inf) <= room]
@@ -80,7 +83,7 @@ def ensure_wrap_fits(
     else:
         nearest = "hybrimoe.from_pretrained packs experts while it loads, without the whole model"
     what = f"wrapping {type(model).__name__} with weights={weights!r}"
-    ensure_host_fits(need, what, nearest, have)
+    ensure_host_fits(need + max(copied, default=0), what, nearest, have)
 
 
 def largest_budget(footprint: Footprint, weights: str, room: int, running: int = 0) -> str | None:
@@ -160,6 +163,10 @@ def _slots_left(layers: list[tuple[int, int, int]], room: int) -> int:
 def _sizes(footprint: Footprint, weights: str, ram: int | float | str) -> TierSizes | None:
     layers = [(layer.experts, layer.layout(weights).expert_bytes) for layer in footprint.layers]
     return tier_sizes(ram, layers, footprint.top_k)
+
+
+def _has_adapters(item: FoundExperts) -> bool:
+    return bool(wrappers_of(item.parent._modules[item.attribute]))
 
 
 def _parameters(item: FoundExperts) -> list[torch.Tensor]:
