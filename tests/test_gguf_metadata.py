@@ -98,6 +98,11 @@ def test_values_that_are_the_models_own_pass(tmp_path):
     assert_computes(write(tmp_path, model, **NEUTRAL), model)
 
 
+def test_a_window_that_holds_the_whole_context_passes(tmp_path):
+    model = qwen3()
+    assert_computes(write(tmp_path, model, **{"attention.sliding_window": 512}), model)
+
+
 def test_a_shared_expert_may_be_counted_in_either_way(tmp_path):
     model = qwen2(shared_expert_intermediate_size=64)
     for count in (1, 2):

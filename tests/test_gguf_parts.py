@@ -39,6 +39,19 @@ def test_experts_may_lie_in_several_parts(layout, model, tmp_path):
     assert_computes(write(tmp_path, model, layout=layout, parts=3), model, FIRST)
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [{"layout": "merged"}, {"layout": "single"}, {"parts": 3}, {"nextn_predict_layers": 1}],
+)
+def test_bench_needs_what_transformers_reads_too(layout, model, capsys, tmp_path):
+    """It fills what it does not find with random numbers."""
+    write(tmp_path, model, **layout)
+    assert main(["bench", str(tmp_path / (FIRST if "parts" in layout else "model.gguf"))]) == 1
+    err = capsys.readouterr().err
+    assert "NAME must be a model that transformers reads too" in err
+    assert len(err.strip().splitlines()) == 1
+
+
 def test_they_are_read_from_the_disk_tier_too(model, folder):
     assert nmse(logits_of(load(folder, FIRST, ram=0.5)), logits_of(model)) < 1e-10
 

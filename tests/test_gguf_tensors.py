@@ -139,6 +139,26 @@ def test_a_type_that_nobody_can_read_is_refused_before_the_load(tmp_path):
         assert "blk.1.ffn_up_exps.weight" in str(caught.value)
 
 
+@pytest.mark.parametrize(("first", "second"), [("Q4_K", "Q8_0"), ("Q8_0", "Q4_K")])
+def test_layers_may_keep_down_in_different_types(first, second, tmp_path):
+    """Their blobs fall into other numbers of pieces."""
+
+    def kinds(name):
+        if "down" not in name:
+            return "Q4_K"
+        return first if name.startswith("blk.0") else second
+
+    model = qwen3(hidden_size=256, moe_intermediate_size=768, num_experts=4)
+    loaded = load(write(tmp_path, model, kinds))
+    names = {"Q4_K": "q4_k", "Q8_0": "q4_k+int8"}
+
+    assert [layer.packed.fmt for layer in loaded.hybrimoe.layers] == [names[first], names[second]]
+    wanted = logits_of(loaded)
+    assert nmse(logits_of(load(tmp_path, ram=0.6)), wanted) == 0
+    plain = hybrimoe.unwrap(loaded)
+    assert nmse(wanted, logits_of(plain)) < 1e-3
+
+
 # Blocks that predict further tokens.
 
 

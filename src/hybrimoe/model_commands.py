@@ -144,7 +144,7 @@ def run_bench(options: argparse.Namespace) -> dict[str, Any]:
 
     tokens = options.prompt_tokens + options.tokens
     source = source_of(options)
-    source.check()
+    source.check(plain=True)
     if source.gguf_file is None and options.weights is None:
         options.weights = "native"
     _check_room_for_both(options, source, tokens)

@@ -30,13 +30,22 @@ class Source(NamedTuple):
         """What `from_pretrained` takes besides the name."""
         return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
 
-    def check(self) -> None:
-        """Fetch a GGUF file if need be, and raise CheckpointError unless its header is sound."""
+    def check(self, plain: bool = False) -> None:
+        """Fetch a GGUF file if need be, and raise CheckpointError unless its header is sound.
+
+        plain: transformers is to load it as well, which reads fewer layouts; ConfigError if not this.
+        """
         if self.gguf_file is not None:
             from hybrimoe.runtime.loading.gguf_file import find_file
+            from hybrimoe.runtime.loading.gguf_layout import is_plain
             from hybrimoe.runtime.loading.gguf_parts import read_gguf
 
-            read_gguf(*find_file(self.name, self.gguf_file, {}))
+            header = read_gguf(*find_file(self.name, self.gguf_file, {}))
+            if plain and not is_plain(header):
+                raise ConfigError(
+                    f"NAME must be a model that transformers reads too, got {self}: one file, with a "
+                    "tensor for each matrix of all experts, and no blocks that predict further tokens"
+                )
 
 
 def add_name(

@@ -117,6 +117,15 @@ def layout_of(header: GgufHeader) -> Layout:
     return Layout(layers, experts, dense)
 
 
+def is_plain(header: GgufHeader) -> bool:
+    """Whether transformers reads it too: one file, a tensor for each matrix of all experts, layers
+    alone."""
+    others = (SINGLE, PREDICTS, re.compile(r".*_gate_up_exps\..*"))
+    is_known = not any(other.fullmatch(name) for name in header.tensors for other in others)
+    further = header.values.get(_key(header, "nextn_predict_layers"))
+    return len(header.paths) == 1 and is_known and not further
+
+
 def count_layers(header: GgufHeader) -> int:
     """The blocks that are decoder layers; raises CheckpointError if the metadata counts others.
 

@@ -64,9 +64,7 @@ def fields_of(header: GgufHeader, layout: Layout, family: str) -> dict[str, Any]
     ):
         if value_of(header, key) is not None:
             fields[field] = whole(header, key)
-    inner = value_of(
-        header, "feed_forward_length"
-    )  # some files have 0, and no layer without experts
+    inner = value_of(header, "feed_forward_length")  # of layers without experts; some files have 0
     if type(inner) is int and inner > 0:
         fields["intermediate_size"] = inner
     if family == "qwen2_moe":
@@ -157,7 +155,6 @@ def _computed(header: GgufHeader, config: Any) -> dict[str, Values]:
     heads = config.num_attention_heads
     head = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
     shared = getattr(config, "shared_expert_intermediate_size", 0)
-    window = getattr(config, "sliding_window", None) or 0
     theta = (config.rope_parameters or {}).get("rope_theta")
     sizes: dict[str, Values] = {
         "vocab_size": (config.vocab_size,),
@@ -169,7 +166,7 @@ def _computed(header: GgufHeader, config: Any) -> dict[str, Values]:
         "attention.layer_norm_rms_epsilon": (config.rms_norm_eps,),
         "attention.layer_norm_epsilon": (0, config.rms_norm_eps),
         "attention.scale": (0, 1 / math.sqrt(max(head, 1))),
-        "attention.sliding_window": (window,),
+        "attention.sliding_window": _windows(header, config),
         "attention.causal": (1,),
         "rope.dimension_count": (head,),
         "rope.freq_base": (theta,),
@@ -204,6 +201,14 @@ def _switched_off(header: GgufHeader) -> dict[str, Values]:
         f"{SCALING}alpha": (0, 1),
         f"{SCALING}attn_factor": (value_of(header, f"{SCALING}attn_factor"),) if is_yarn else (1,),
     }
+
+
+def _windows(header: GgufHeader, config: Any) -> Values:
+    """The model's own sliding window, and any that is no shorter than all that it can read."""
+    own = getattr(config, "sliding_window", None) or 0
+    stated = value_of(header, "attention.sliding_window")
+    is_wide = type(stated) is int and own == 0 and stated >= config.max_position_embeddings
+    return (own, stated) if is_wide else (own,)
 
 
 def _shared_counts(config: Any, shared: int) -> Values:
