@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+
+from hybrimoe.compiling import stopwatch
 
 
 @dataclass
@@ -23,14 +24,19 @@ class LayerStats:
 
 @dataclass
 class Stats:
-    """Totals since the last reset. A pass with one token per sequence is decode, else prefill."""
+    """Totals since the last reset. A pass with one token per sequence is decode, else prefill.
+
+    compile_s: seconds of compiling within passes, which are in no other number.
+    """
 
     layers: list[LayerStats] = field(default_factory=list)
     prefill_s: float = 0.0
     prefill_tokens: int = 0
     decode_s: float = 0.0
     decode_tokens: int = 0
+    compile_s: float = 0.0
     _entered: float = 0.0
+    _compiled: float = 0.0
 
     def record(self, layer: int, ids: np.ndarray, seconds: float) -> None:
         """Count one launch of a layer; ids [T, K]."""
@@ -55,13 +61,14 @@ class Stats:
     def enter(self, module: Any, args: Any, kwargs: Any) -> None:
         """Forward pre-hook of the model: the clock of a pass starts."""
         if not torch.compiler.is_compiling():  # a compiled graph has no clock
-            self._entered = time.perf_counter()
+            self._entered, self._compiled = stopwatch.clock(), stopwatch.seconds
 
     def leave(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
         """Forward hook of the model: the clock stops; the shape tells prefill from decode."""
         if torch.compiler.is_compiling():
             return
-        seconds = time.perf_counter() - self._entered
+        seconds = stopwatch.clock() - self._entered
+        self.compile_s += stopwatch.seconds - self._compiled
         ids = kwargs.get("input_ids", args[0] if args else kwargs.get("inputs_embeds"))
         batch, length = (
             (ids.shape[0], ids.shape[1]) if ids is not None and ids.dim() > 1 else (1, 1)
