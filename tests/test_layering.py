@@ -18,7 +18,7 @@ FLOORS = ("kernels", "policy", "runtime")
 ALLOWED = {
     "kernels": {"kernels", "errors", "caching", "linking"},
     "policy": {"policy", "errors", "caching", "linking"},
-    "runtime": {"runtime", "policy", "kernels", "errors", "config"},
+    "runtime": {"runtime", "policy", "kernels", "errors", "config", "compiling"},
 }
 TORCHLESS = ("torch", "transformers", "accelerate", "safetensors")
 KNOW_TRANSFORMERS = {"hybrimoe.runtime.adapters"} | {

@@ -12,7 +12,6 @@ import torch
 import hybrimoe
 from hybrimoe import model_commands
 from hybrimoe.cli import main
-from hybrimoe.kernels import experts
 from paths import TINY_MOE
 
 TINY = str(TINY_MOE)
@@ -169,21 +168,6 @@ def test_statistics_start_after_everything_is_compiled(capsys, monkeypatch):
     (warm,) = resets
     assert warm["prefill_tokens"] > 0
     assert warm["decode_tokens"] == 1
-
-
-def test_the_first_run_says_that_it_compiles(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(experts.run_experts._cache, "_cache_path", str(tmp_path))
-    arguments = ["generate", TINY, "--prompt", "def main(", *QUICK]
-    assert main(arguments) == 0
-    first = capsys.readouterr().err
-    (tmp_path / "experts.run_experts.nbi").touch()
-    assert main(arguments) == 0
-
-    assert (
-        first
-        == "hybrimoe generate: compiling kernels for this machine, about half a minute, once\n"
-    )
-    assert capsys.readouterr().err == ""
 
 
 def test_generate_on_an_accelerator(capsys):

@@ -52,6 +52,7 @@ from hybrimoe.runtime.routers import seats_of
 from hybrimoe.runtime.shared_experts import EarlyExperts
 from hybrimoe.runtime.storage.tiers import WeightsOf, open_tier, shape_of
 from hybrimoe.runtime.tuners import home_of
+from hybrimoe.runtime.warming import needs_of, warm
 from hybrimoe.verification import Verification, verify_layers
 
 logger = logging.getLogger("hybrimoe")
@@ -310,6 +311,7 @@ def _wrap(model: nn.Module, config: Config) -> None:
 def complete(runtime: Runtime, model: nn.Module) -> None:
     """All experts are in the pool and in the model: open the accelerator and hand out the runtime."""
     accelerator = open_accelerator(runtime.config)
+    warm(needs_of(runtime.layers, runtime.config.linear, shared=accelerator is not None))
     try:
         if runtime.pool.tier is not None:
             runtime.pool.tier.backing.open_direct()

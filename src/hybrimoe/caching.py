@@ -3,10 +3,13 @@
 numba's cache is a folder of pickles: a truncated file raises on the first call instead of being
 compiled again, a planted one runs code, and one that was compiled with a function of another file is
 not compiled again when that file changes. `GuardedCache` recompiles in the first and the last case
-and stays away from folders that others may write to in the second.
+and stays away from folders that others may write to in the second. Nor does numba know of other
+processes: two that compile at once give two functions one file, and the loser's name leads to the
+winner's code. Here one waits for the other.
 """
 
 import contextlib
+import hashlib
 import os
 import pickle
 import stat
@@ -15,9 +18,12 @@ from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from numba.core.caching import FunctionCache, NullCache
 
 Stamp = tuple[tuple[str, int, int], ...]
+PATIENCE_S = 120.0
+"""How long to wait for a process that compiles the same function, before doing it too."""
 
 
 def cache_for(function: Callable[..., Any], stamp: object) -> FunctionCache:
@@ -57,9 +63,30 @@ class GuardedCache(FunctionCache):  # type: ignore[misc]
     def __init__(self, function: Callable[..., Any], stamp: object) -> None:
         super().__init__(function)
         self._cache_file._source_stamp = stamp
+        self._claims: dict[Any, FileLock] = {}
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        """The code of one signature, or None where it must be compiled."""
+        """The code of one signature, or None where it must be compiled, which nobody else does then."""
+        found = self._load(sig, target_context)
+        if found is not None or not self._claim(sig):
+            return found
+        return self._load(sig, target_context)  # whoever had the claim may have kept it meanwhile
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        """Keep the code of one signature, if that is possible."""
+        # A full disk or a read-only folder costs the next process a compilation, not this one a call.
+        with contextlib.suppress(OSError, Timeout), self._lock("index"):
+            super().save_overload(sig, data)
+        self._release(sig)
+
+    def holds_any(self) -> bool:
+        """Whether some signature is kept that was compiled from the sources as they are."""
+        try:
+            return bool(self._cache_file._load_index())
+        except (pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, IndexError):
+            return False
+
+    def _load(self, sig: Any, target_context: Any) -> Any:
         try:
             return super().load_overload(sig, target_context)
         except (pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, IndexError):
@@ -67,8 +94,21 @@ class GuardedCache(FunctionCache):  # type: ignore[misc]
                 self.flush()
             return None
 
-    def save_overload(self, sig: Any, data: Any) -> None:
-        """Keep the code of one signature, if that is possible."""
-        # A full disk or a read-only folder costs the next process a compilation, not this one a call.
-        with contextlib.suppress(OSError):
-            super().save_overload(sig, data)
+    def _claim(self, sig: Any) -> bool:
+        """Wait until no other process compiles this signature; false where that cannot be known."""
+        lock = self._lock(hashlib.sha256(str(sig).encode()).hexdigest()[:16])
+        with contextlib.suppress(OSError, Timeout):
+            lock.acquire()
+            self._claims[sig] = lock
+        return sig in self._claims
+
+    def _release(self, sig: Any) -> None:
+        lock = self._claims.pop(sig, None)
+        if lock is not None:
+            lock.release()
+            with contextlib.suppress(OSError):
+                os.unlink(lock.lock_file)
+
+    def _lock(self, name: str) -> FileLock:
+        path = os.path.join(self.cache_path, f"{self._cache_file._index_name}.{name}.lock")
+        return FileLock(path, timeout=PATIENCE_S)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 from transformers.utils import logging as transformers_logging
 
 import hybrimoe
+from hybrimoe.compiling import stopwatch
 from hybrimoe.errors import ConfigError
 
 
@@ -22,7 +22,7 @@ def demo(options: argparse.Namespace) -> dict[str, Any]:
 
     def write(streamer: Any = None, tokens: int = options.tokens) -> float:
         torch.manual_seed(0)
-        start = time.perf_counter()
+        start = stopwatch.clock()
         model.generate(
             **inputs,
             min_new_tokens=tokens,
@@ -30,14 +30,14 @@ def demo(options: argparse.Namespace) -> dict[str, Any]:
             do_sample=True,
             streamer=streamer,
         )
-        return tokens / (time.perf_counter() - start)
+        return tokens / (stopwatch.clock() - start)
 
     _say(f"{options.model.name}: {type(model).__name__}, {model.num_parameters() / 1e6:.1f} M")
     write(tokens=8)
     before = write()
     _say(f"plain transformers: {before:.1f} tokens/s\n")
     hybrimoe.wrap(model, weights=options.weights)
-    _say(f"wrapped: {model.hybrimoe}; kernels compile once, then come from a cache ...")
+    _say(f"wrapped: {model.hybrimoe}")
     write(tokens=8)
     check = hybrimoe.verify(model, inputs.input_ids)
     _say(f"verify: {check}\n")

@@ -6,10 +6,10 @@ import argparse
 import copy
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
+from hybrimoe.compiling import stopwatch
 from hybrimoe.config import DEVICES, WEIGHTS
 from hybrimoe.errors import ConfigError, HybriMoEError
 from hybrimoe.named_models import (
@@ -117,12 +117,12 @@ def run_generate(options: argparse.Namespace) -> dict[str, Any]:
     if not options.json:
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     sampling = {"do_sample": False} if options.greedy else {}
-    start = time.perf_counter()
+    start = stopwatch.clock()
     with torch.no_grad():
         written = model.generate(
             **inputs, max_new_tokens=options.max_new_tokens, streamer=streamer, **sampling
         )
-    seconds = time.perf_counter() - start
+    seconds = stopwatch.clock() - start
     answer = written[0, length:]
     report = model.hybrimoe.report()
     if options.stats and not options.json:
@@ -177,7 +177,7 @@ class _Clock:
         self.times: list[float] = []
 
     def put(self, value: Any) -> None:
-        self.times.append(time.perf_counter())
+        self.times.append(stopwatch.clock())
 
     def end(self) -> None:
         """Nothing is held back."""
@@ -187,7 +187,7 @@ def _timed(model: Any, prompt: Any, tokens: int) -> tuple[float, float, list[int
     """Seconds until the first token, seconds of `tokens` more, and all of them."""
     import torch
 
-    clock, start = _Clock(), time.perf_counter()
+    clock, start = _Clock(), stopwatch.clock()
     with torch.no_grad():
         ids = model.generate(
             prompt,

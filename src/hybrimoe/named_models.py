@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from hybrimoe.errors import ConfigError
@@ -98,7 +97,6 @@ def load_wrapped(options: argparse.Namespace, source: Source, context: int) -> t
     found.ensure_fits()
     if options.json or not sys.stderr.isatty():
         logging.disable_progress_bar()
-    _announce_compiling(options.command)
     settings: dict[str, Any] = {"device": options.device, **source.arguments}
     if source.gguf_file is None:
         settings["weights"] = found.weights
@@ -138,14 +136,3 @@ def _tokenizer(name: str, arguments: dict[str, Any]) -> Any:
             f"AutoTokenizer.from_pretrained(ORIGINAL).save_pretrained({name!r})"
         )
     return found
-
-
-def _announce_compiling(command: str) -> None:
-    """Say what takes so long on the first run: nothing is compiled yet."""
-    from hybrimoe.kernels.experts import run_experts
-
-    folder = getattr(run_experts._cache, "cache_path", None)  # none where nothing can be kept
-    if folder is None or not any(Path(folder).glob("*.nbi")):
-        text = "compiling kernels for this machine, about half a minute"
-        kept = "" if folder is None else ", once"
-        print(f"hybrimoe {command}: {text}{kept}", file=sys.stderr)

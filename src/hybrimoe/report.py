@@ -48,6 +48,7 @@ class Report:
     decode_tokens: int
     decode_s: float
     experts_s: float
+    compile_s: float
     layers: tuple[LayerReport, ...]
     hybrid: dict[str, Any] | None = None
     disk: dict[str, Any] | None = None
@@ -75,6 +76,7 @@ class Report:
             decode_tokens=stats.decode_tokens,
             decode_s=stats.decode_s,
             experts_s=sum(layer.seconds for layer in stats.layers),
+            compile_s=stats.compile_s,
             layers=tuple(_layer_report(layer, stats) for layer in layers),
             hybrid=hybrid.to_dict() if hybrid else None,
             disk=tier.to_dict() if tier else None,
@@ -112,6 +114,8 @@ class Report:
             share = self.experts_s / total
             parts = f"experts {share:.0%}, the rest of the model {1 - share:.0%}"
             yield "time", f"{total:.2f} s: {parts}"
+        if self.compile_s > 0:
+            yield "compiled", f"kernels for {self.compile_s:.2f} s, which is in no other line"
         if self.hybrid:
             yield from _shared(self.hybrid, self.prefill_tokens + self.decode_tokens)
         if self.disk:

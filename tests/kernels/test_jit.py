@@ -133,5 +133,29 @@ def test_without_a_folder_kernels_still_compile(folder, monkeypatch):
         assert not call(load(folder))
 
 
+def test_two_processes_do_not_compile_the_same_signature_at_once(folder, monkeypatch):
+    monkeypatch.setattr(caching, "PATIENCE_S", 0.05)
+    array = numba.float32[::1]
+    first, second = load(folder), load(folder)
+    assert first._cache._claim((array, array))  # as before it compiles
+    assert not second._cache._claim((array, array))
+    assert second._cache._claim((array, numba.float64[::1]))
+    call(first)
+    assert second._cache._claim((array, array))
+
+
+def test_no_locks_are_left_behind(folder):
+    assert not call(load(folder))
+    assert not [*(folder / "__pycache__").glob("*.lock")]
+
+
+def test_where_no_lock_can_be_made_kernels_still_compile(folder, monkeypatch):
+    def refuse(self, *_):
+        raise PermissionError("read-only file system")
+
+    monkeypatch.setattr(caching.FileLock, "acquire", refuse)
+    assert not call(load(folder))
+
+
 def test_not_a_number_survives_fastmath():
     assert not jit.FASTMATH & {"nnan", "ninf", "fast"}

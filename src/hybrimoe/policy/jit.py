@@ -12,8 +12,8 @@ from hybrimoe.linking import LinkedCompiler
 
 NOT_COMPILED = {
     *("cache.py", "checking.py", "drawing.py", "engine.py", "fitting.py", "presets.py"),
-    *("profiles.py", "ranking.py", "recording.py", "sizes.py", "sources.py", "statistics.py"),
-    "synthesis.py",
+    *("profiles.py", "ranking.py", "recording.py", "rehearsal.py", "sizes.py", "sources.py"),
+    *("statistics.py", "synthesis.py"),
 }
 """Files without compiled functions, and without constants that compiled functions read."""
 

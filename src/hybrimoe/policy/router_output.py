@@ -169,9 +169,9 @@ def _ranked(expected: Array, none: Array) -> tuple[Array, Array, Array]:
                 i -= 1
             experts[i] = e
             size += 1
-    for i, e in enumerate(experts):
-        probability[i] = -np.expm1(none[e])
-        tokens[i] = max(round(expected[e] / probability[i]), 1)
+    for i in range(size):
+        probability[i] = -np.expm1(none[experts[i]])
+        tokens[i] = max(round(expected[experts[i]] / probability[i]), 1)
     return experts, tokens, probability
 
 

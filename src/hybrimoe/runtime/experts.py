@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hybrimoe.compiling import stopwatch
 from hybrimoe.kernels.layout import expert_layout
 from hybrimoe.kernels.moe import BlankPairsError, PackedLayer, check_arguments, run_layer
 from hybrimoe.runtime import formats, opaque
@@ -172,7 +172,7 @@ class PooledExperts(Rooted):
     def _launch(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         if self.hybrid is not None:
             return self._shared(hidden, ids, weights)
-        started = time.perf_counter()
+        started = stopwatch.clock()
         experts = _numpy(ids if ids.dtype == torch.int64 else ids.to(torch.int64))
         weights = weights if weights.dtype == torch.float32 else weights.to(torch.float32)
         out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
@@ -182,7 +182,7 @@ class PooledExperts(Rooted):
             run_layer(self.packed, *arrays, *how)
         else:
             self._run_from_disk(Job(self.index, self.packed, *arrays, *how), ids, weights)
-        self.stats.record(self.index, experts, time.perf_counter() - started)
+        self.stats.record(self.index, experts, stopwatch.clock() - started)
         return out
 
     def _run_from_disk(self, job: Job, ids: Tensor, weights: Tensor) -> None:
@@ -200,10 +200,10 @@ class PooledExperts(Rooted):
         assert self.hybrid is not None
         if not ids.numel():
             return torch.zeros_like(hidden)
-        started = time.perf_counter()
+        started = stopwatch.clock()
         early = self.early.launch if self.early is not None else None
         out, load = self.hybrid.forward(self.index, (hidden, ids, weights), early)
-        seconds = time.perf_counter() - started
+        seconds = stopwatch.clock() - started
         self.stats.add(self.index, len(ids), ids.numel(), load.experts.size, seconds)
         return out.to(hidden.dtype)
 

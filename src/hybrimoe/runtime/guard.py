@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from hybrimoe.compiling import stopwatch
 from hybrimoe.policy.cost import CostModel
 from hybrimoe.policy.engine import Engine, Policies
 from hybrimoe.policy.prefetcher import Never
@@ -68,10 +69,11 @@ class Guard:
         self.contests = {kind_of(1, True): Contest(self._decode, self.modes)}
         self._running: Contest | None = None
         self._began, self._tokens = 0.0, 1
+        self._compiled = 0.0  # seconds of the process when the pass began
 
     def begin(self, now: float, tokens: int, is_decode: bool) -> None:
         """A pass of so many tokens starts."""
-        self._began, self._tokens = now, tokens
+        self._began, self._tokens, self._compiled = now, tokens, stopwatch.seconds
         self._running = self._contest(tokens, is_decode)
         policies = self.modes[self._running.next()]
         self.engine.policies, self.engine.cache.ranking = policies, policies.ranking
@@ -79,7 +81,8 @@ class Guard:
     def end(self, now: float) -> None:
         """The pass is over."""
         if self._running is not None:
-            self._running.took((now - self._began) / self._tokens)
+            compiled = stopwatch.seconds - self._compiled
+            self._running.took((now - self._began - compiled) / self._tokens)
         self._running = None
 
     def plan(self, load: Load, cost: CostModel) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, Self
@@ -12,6 +11,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from hybrimoe.compiling import stopwatch
 from hybrimoe.errors import InsufficientMemoryError
 from hybrimoe.kernels.moe import PackedLayer, run_layer
 from hybrimoe.kernels.workspace import Workspace
@@ -138,12 +138,12 @@ def cpu_samples(
     """
     run = _CpuRun(layers, threads)
     run(1, 1)  # compiles, or loads what was compiled
-    deadline = time.perf_counter() + budget_s
+    deadline = stopwatch.clock() + budget_s
     expected = _first_round(run, budget_s / len(traffics))
     seconds: dict[tuple[int, int], list[list[float]]]
     seconds = {point: [[] for _ in traffics] for point in expected}
     rounds = 0
-    while rounds < LEAST_ROUNDS or time.perf_counter() < deadline:
+    while rounds < LEAST_ROUNDS or stopwatch.clock() < deadline:
         for point, runs in seconds.items():
             for traffic, taken in zip(traffics, runs):
                 taken.append(run(*point, traffic, expected[point]))
@@ -189,9 +189,9 @@ class _CpuRun:
         arrays = self.x[:tokens], routed, weights, self.out[:tokens], self.workspace
         if traffic is not None:
             traffic.start(expected_s)
-        begin = time.perf_counter()
+        begin = stopwatch.clock()
         run_layer(layer, *arrays, threads=self.threads)
-        end = time.perf_counter()
+        end = stopwatch.clock()
         if traffic is not None:
             traffic.stop(begin, end)
         return end - begin
@@ -203,8 +203,8 @@ def link_samples(accelerator: Accelerator, source: np.ndarray, budget_s: float) 
     source [N, expert_bytes] uint8: what to copy.
     """
     size, found = source.shape[1], []
-    deadline, turn = time.perf_counter() + budget_s, 0
-    while time.perf_counter() < deadline or turn < 3:
+    deadline, turn = stopwatch.clock() + budget_s, 0
+    while stopwatch.clock() < deadline or turn < 3:
         for part in (size // 4, size // 2, size):
             event = accelerator.copy(source[turn % len(source), :part], 0, 0, ())
             accelerator.wait(event)
@@ -230,8 +230,8 @@ def gpu_samples(
             if turn:  # the first round compiles
                 seconds[experts, tokens].append(taken)
         if not turn:
-            deadline = time.perf_counter() + budget_s
-        elif time.perf_counter() > deadline:
+            deadline = stopwatch.clock() + budget_s
+        elif stopwatch.clock() > deadline:
             break
     return [Sample(*point, typical(runs)) for point, runs in seconds.items()]
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
+from hybrimoe.compiling import stopwatch
 from hybrimoe.runtime.passes import Pass, read_pass
 
 
@@ -25,15 +25,21 @@ class LayerStats:
 
 @dataclass
 class Stats:
-    """Totals since the last reset. passing: the forward pass that runs, None between two."""
+    """Totals since the last reset.
+
+    compile_s: seconds of compiling within passes, which are in no other number. passing: the forward
+    pass that runs, None between two.
+    """
 
     layers: list[LayerStats] = field(default_factory=list)
     prefill_s: float = 0.0
     prefill_tokens: int = 0
     decode_s: float = 0.0
     decode_tokens: int = 0
+    compile_s: float = 0.0
     passing: Pass | None = None
     _entered: float = 0.0
+    _compiled: float = 0.0
 
     def record(self, layer: int, ids: np.ndarray, seconds: float) -> None:
         """Count one launch of a layer; ids [T, K]."""
@@ -59,13 +65,14 @@ class Stats:
         """Forward pre-hook of the model: the clock of a pass starts."""
         if not torch.compiler.is_compiling():  # a compiled graph has no clock
             self.passing = read_pass(module, args, kwargs)
-            self._entered = time.perf_counter()
+            self._entered, self._compiled = stopwatch.clock(), stopwatch.seconds
 
     def leave(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
         """Forward hook of the model: the clock stops."""
         if torch.compiler.is_compiling() or self.passing is None:
             return
-        seconds = time.perf_counter() - self._entered
+        seconds = stopwatch.clock() - self._entered
+        self.compile_s += stopwatch.seconds - self._compiled
         passed, self.passing = self.passing, None
         if passed.is_decode:
             self.decode_s += seconds

@@ -1,0 +1,148 @@
+"""What a model needs compiled, ahead of its first token: each kernel runs once on a tiny layer."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from hybrimoe.compiling import stopwatch
+from hybrimoe.kernels.activations import Gate
+from hybrimoe.kernels.layout import SUPER, expert_layout
+from hybrimoe.kernels.linear import run_linear
+from hybrimoe.kernels.moe import HOST_ISA, PackedLayer, run_layer
+from hybrimoe.kernels.norm import run_norm
+from hybrimoe.kernels.threads import launch
+from hybrimoe.kernels.workspace import Workspace
+from hybrimoe.policy.rehearsal import rehearse
+from hybrimoe.policy.splitting import plan_split
+from hybrimoe.runtime import formats
+from hybrimoe.runtime.adapters import ExpertWeights
+from hybrimoe.runtime.linears import pack_matrix
+
+if TYPE_CHECKING:
+    from hybrimoe.runtime.experts import PooledExperts
+
+ISA_NAMES = {"avx512vnni": "AVX512-VNNI", "avx2": "AVX2", "neon": "NEON", "portable": "plain code"}
+DTYPES = {name: dtype for dtype, name in formats.NATIVE.items()}
+SIZE = SUPER
+"""D and F of the tiny layer, which every format can hold."""
+
+
+class Need(NamedTuple):
+    """One thing to compile. kind: of `KINDS`; fmt and dtype: as the kernel knows them, or empty."""
+
+    kind: str
+    fmt: str = ""
+    dtype: str = ""
+
+
+def warm(needs: Iterable[Need]) -> None:
+    """Compile what is neither in this process nor on the disk, and say so if it takes a while."""
+    wanted = list(dict.fromkeys(needs))
+    aside = _policies_aside(wanted)
+    shown = ", ".join(dict.fromkeys(need.fmt for need in wanted if need.fmt)) or "the policies"
+    what, since = f"compiling kernels for {shown} on {ISA_NAMES[HOST_ISA]}", stopwatch.seconds
+    for number, need in enumerate(wanted, 1):
+        text = f"hybrimoe: {what}, once per machine: {number} of {len(wanted)}"
+        with stopwatch.saying(text, since):
+            if aside is not None and need.kind == "policies":
+                aside.wait()
+            run_once(need)
+
+
+@functools.cache
+def run_once(need: Need) -> None:
+    """Make one kernel ready in this process."""
+    KINDS[need.kind](need.fmt, need.dtype)
+
+
+def needs_of(layers: Iterable[PooledExperts], linear: str | None, shared: bool) -> list[Need]:
+    """What a wrapped model's first pass runs. shared: its experts run beside an accelerator too."""
+    kinds = sorted({(layer.packed.fmt, formats.NATIVE[layer.dtype]) for layer in layers})
+    return needs_for(kinds, linear, shared)
+
+
+def needs_for(layers: list[tuple[str, str]], linear: str | None, shared: bool) -> list[Need]:
+    """The same of layers of (format, dtype). Beside an accelerator experts sum in float32."""
+    needs = [Need("experts", fmt, "float32" if shared else dtype) for fmt, dtype in layers]
+    if linear is not None:
+        for _, dtype in layers:
+            needs += [Need("linear", fmt, dtype) for fmt in (linear, "int8")]
+            needs.append(Need("norm", "", dtype))
+    return [*needs, Need("policies")] if shared else needs
+
+
+def _policies_aside(wanted: list[Need]) -> subprocess.Popen[bytes] | None:
+    """A process that compiles the policies into the disk cache while this one compiles kernels.
+
+    None where they are there already, or nothing could be kept, or nothing else is to be done.
+    """
+    folder = getattr(plan_split._cache, "cache_path", None)
+    alone = len(wanted) < 2 or launch.cores < 2 or Need("policies") not in wanted
+    if alone or folder is None or not sys.executable or plan_split._cache.holds_any():
+        return None
+    code = f"import sys; sys.path[:0] = {sys.path!r}; "
+    code += "from hybrimoe.policy.rehearsal import rehearse; rehearse()"
+    quiet = subprocess.DEVNULL
+    return subprocess.Popen([sys.executable, "-c", code], stdin=quiet, stdout=quiet, stderr=quiet)
+
+
+def _experts(fmt: str, dtype: str) -> None:
+    layer = _layer(fmt)
+    x, out = _tokens(dtype), _tokens(dtype)
+    ids, weights = np.zeros((1, 1), np.int64), np.zeros((1, 1), np.float32)
+    run_layer(layer, x, ids, weights, out, Workspace(), dtype, 1)
+
+
+def _packing(fmt: str, dtype: str) -> None:
+    layer = _layer(fmt)
+    formats.pack(fmt, layer.layout, _weights(dtype), layer.blobs)
+
+
+def _unpacking(fmt: str, dtype: str) -> None:
+    layer = _layer(fmt)
+    formats.unpack(fmt, layer.layout, layer.blobs, _weights(dtype))
+
+
+def _linear(fmt: str, dtype: str) -> None:
+    matrix = pack_matrix(fmt, torch.nn.Linear(SIZE, SIZE, bias=False, dtype=DTYPES[dtype]))
+    run_linear(matrix, _tokens(dtype), _tokens(dtype), Workspace(), dtype, 1)
+
+
+def _norm(fmt: str, dtype: str) -> None:
+    run_norm(_tokens(dtype), _tokens(dtype)[0], _tokens(dtype), 1e-6, 0.0, True, dtype)
+
+
+def _policies(fmt: str, dtype: str) -> None:
+    rehearse()
+
+
+KINDS: dict[str, Callable[[str, str], None]] = {
+    "experts": _experts,
+    "packing": _packing,
+    "unpacking": _unpacking,
+    "linear": _linear,
+    "norm": _norm,
+    "policies": _policies,
+}
+
+
+def _weights(dtype: str) -> ExpertWeights:
+    """The weights of one expert, all zero."""
+    up = torch.zeros(1, 2, SIZE, SIZE, dtype=DTYPES[dtype])
+    return ExpertWeights(up, up[:, 0], Gate(0))
+
+
+def _layer(fmt: str) -> PackedLayer:
+    layout = expert_layout(fmt, SIZE, SIZE, True, False)
+    return PackedLayer(fmt, layout, Gate(0), SIZE, np.zeros((1, layout.expert_bytes), np.uint8))
+
+
+def _tokens(dtype: str) -> np.ndarray:
+    return np.zeros((1, SIZE), np.float32 if dtype == "float32" else np.uint16)

@@ -1,0 +1,130 @@
+"""Compiling is in no speed, what a model needs is compiled ahead, and nobody waits in silence."""
+
+import subprocess
+import sys
+import time
+
+import numba
+import pytest
+from numba.core import event
+
+from hybrimoe import compiling
+from hybrimoe.compiling import Stopwatch, stopwatch
+from hybrimoe.runtime import warming
+from hybrimoe.runtime.measuring.stats import Stats
+from hybrimoe.runtime.warming import Need, needs_for, warm
+from paths import TINY_MOE
+
+FIRST_PASS = """
+import hybrimoe, torch
+from numba.core.dispatcher import Dispatcher
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained({folder!r}, num_hidden_layers=3).eval()
+hybrimoe.wrap(model, weights="int4", device={device!r}, **{settings})
+every = list(Dispatcher._memo.values())
+compiled = lambda: {{(d.py_func.__qualname__, s) for d in every for s in d.signatures}}
+before = compiled()
+ids = torch.arange(10, 22)[None]
+model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+print("ran", [name for name, _ in compiled() - before])
+"""
+
+
+class Compiles:
+    """Stands for numba while it compiles for some seconds of a made-up clock."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(compiling.time, "perf_counter", lambda: self.now)
+
+    def run(self, watch, *seconds):
+        """Functions within each other, the outermost last."""
+        for _ in seconds:
+            watch.on_start(None)
+        for each in seconds:
+            self.now += each
+            watch.on_end(None)
+
+
+@pytest.fixture
+def watch():
+    watch = Stopwatch()
+    yield watch
+    event.unregister("numba:compile", watch)
+
+
+def test_nested_functions_count_once_and_the_clock_stands_still(watch, monkeypatch):
+    numba_ = Compiles(monkeypatch)
+    numba_.run(watch, 2.0, 3.0)
+    numba_.now += 1.0
+    assert watch.seconds == 5.0
+    assert watch.clock() == 1.0
+    watch.on_start(None)
+    numba_.now += 7.0
+    assert watch.clock() == 1.0  # while it compiles, too
+
+
+def test_numba_is_heard(watch):
+    @numba.njit
+    def twice(x):
+        return 2 * x
+
+    started = time.perf_counter()
+    twice(1)
+    assert 0 < watch.seconds <= time.perf_counter() - started
+    before = watch.seconds
+    twice(2)
+    assert watch.seconds == before
+
+
+def test_a_pass_does_not_count_what_it_compiled(monkeypatch):
+    numba_, stats = Compiles(monkeypatch), Stats()
+    stats.enter(None, (), {})
+    numba_.run(stopwatch, 30.0)
+    numba_.now += 0.5
+    stats.leave(None, (), {}, None)
+    assert (stats.decode_s, stats.compile_s) == (0.5, 30.0)
+
+
+def test_a_long_wait_is_explained_once_and_a_short_one_not(watch, monkeypatch, capsys):
+    numba_ = Compiles(monkeypatch)
+    with watch.saying("short", since=watch.seconds):
+        numba_.run(watch, 0.5)
+    with watch.saying("long", since=watch.seconds):
+        numba_.run(watch, 0.5, 0.6, 2.0)
+    assert capsys.readouterr().err == "long\n"
+
+
+def test_each_step_is_named_while_it_compiles(monkeypatch, capsys):
+    numba_ = Compiles(monkeypatch)
+    steps = [Need("experts", "int4", "float32"), Need("norm", "", "float32")]
+    monkeypatch.setattr(warming, "run_once", lambda need: numba_.run(stopwatch, 2.0))
+    warm([*steps, steps[0]])
+    what = f"compiling kernels for int4 on {warming.ISA_NAMES[warming.HOST_ISA]}"
+    lines = [f"hybrimoe: {what}, once per machine: {number} of 2" for number in (1, 2)]
+    assert capsys.readouterr().err.splitlines() == lines
+
+
+def test_only_what_a_model_runs_is_needed():
+    kinds = [("int4", "bfloat16"), ("q4_k", "bfloat16")]
+    alone = [Need("experts", "int4", "bfloat16"), Need("experts", "q4_k", "bfloat16")]
+    assert needs_for(kinds, None, shared=False) == alone
+    assert needs_for(kinds[:1], "int8", shared=False)[1:] == [
+        Need("linear", "int8", "bfloat16"),
+        Need("linear", "int8", "bfloat16"),
+        Need("norm", "", "bfloat16"),
+    ]
+    shared = [Need("experts", "int4", "float32"), Need("policies")]
+    assert needs_for(kinds[:1], None, shared=True) == shared
+
+
+@pytest.mark.parametrize(
+    ("device", "settings"), [("cpu", {"linear": "int4"}), ("emulated", {"vram": 0.5})]
+)
+def test_the_first_pass_of_a_wrapped_model_compiles_nothing(device, settings):
+    code = FIRST_PASS.format(folder=str(TINY_MOE), device=device, settings=settings)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=280, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "ran []"
