@@ -1,11 +1,16 @@
 """Settings of the whole suite and the bundled model."""
 
 import os
+import shutil
 import sys
+import tempfile
 
 # Read when torch loads OpenMP: spinning workers slow each other down on busy machines.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here needs the network
+# Packed models are kept beside the cache of the hub: not beside the user's.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hybrimoe-tests-")
+os.environ["HF_HUB_CACHE"] = os.path.join(os.environ["HF_HOME"], "hub")
 
 import pytest
 import torch
@@ -35,6 +40,11 @@ def model() -> PreTrainedModel:
 def model32() -> PreTrainedModel:
     """A fresh tiny-moe in float32."""
     return AutoModelForCausalLM.from_pretrained(TINY_MOE, dtype=torch.float32).eval()
+
+
+def pytest_unconfigure() -> None:
+    """Away with the cache of this run."""
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

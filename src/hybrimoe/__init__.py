@@ -9,8 +9,6 @@ print(model.hybrimoe.report())
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from hybrimoe.registration import announce
-
 if TYPE_CHECKING:
     from hybrimoe.api import Runtime, unwrap, verify, wrap
     from hybrimoe.config import Config
@@ -113,4 +111,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-announce()
+importlib.import_module("hybrimoe.registration").announce()

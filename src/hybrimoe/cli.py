@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from hybrimoe.cache_commands import add_cache
 from hybrimoe.calibration_commands import add_calibrate
 from hybrimoe.config import WEIGHTS
 from hybrimoe.errors import HybriMoEError
@@ -52,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     add_trace(commands)
     add_simulate(commands)
     add_calibrate(commands)
+    add_cache(commands)
     return parser
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from hybrimoe.cache_commands import add_keep_packed
 from hybrimoe.compiling import stopwatch
 from hybrimoe.config import DEVICES, WEIGHTS
 from hybrimoe.errors import ConfigError, HybriMoEError
@@ -49,6 +50,7 @@ def add_generate(commands: Any) -> None:
     parser.add_argument("--weights", choices=WEIGHTS, help="the most precise that fits")
     parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument("--vram", type=_size("vram"), help="for expert slots on the GPU")
+    add_keep_packed(parser)
     parser.add_argument("--stats", action="store_true", help="end with the report, on stderr")
     _add_json(parser, run_generate)
 
@@ -62,6 +64,7 @@ def add_bench(commands: Any) -> None:
     parser.add_argument("--vram", type=_size("vram"), help="for expert slots on the GPU")
     parser.add_argument("--prompt-tokens", type=_positive, default=128, metavar="N")
     parser.add_argument("--tokens", type=_positive, default=32, metavar="N", help="to decode")
+    add_keep_packed(parser)
     parser.add_argument("--rounds", type=_positive, default=5, metavar="N")
     _add_json(parser, run_bench)
 

@@ -98,6 +98,7 @@ def load_wrapped(options: argparse.Namespace, source: Source, context: int) -> t
     if options.json or not sys.stderr.isatty():
         logging.disable_progress_bar()
     settings: dict[str, Any] = {"device": options.device, **source.arguments}
+    settings["keep_packed"] = options.keep_packed
     if source.gguf_file is None:
         settings["weights"] = found.weights
     if options.vram is not None:

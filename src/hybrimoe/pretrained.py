@@ -13,6 +13,7 @@ from torch import nn
 from hybrimoe.api import Runtime, complete
 from hybrimoe.config import Config
 from hybrimoe.errors import ConfigError, WrappedModelError
+from hybrimoe.keeping import Keep, load_kept
 from hybrimoe.runtime.loading.companions import origin_of
 from hybrimoe.runtime.loading.packed_files import Parts, save
 from hybrimoe.runtime.storage.tiers import WeightsOf
@@ -20,11 +21,17 @@ from hybrimoe.runtime.tuners import own_modules
 
 
 def from_pretrained(
-    name_or_path: str | os.PathLike[str], config: Config | None = None, **hf_kwargs: Any
+    name_or_path: str | os.PathLike[str],
+    config: Config | None = None,
+    *,
+    keep_packed: Keep = False,
+    **hf_kwargs: Any,
 ) -> Any:
     """Load a transformers checkpoint straight into the pool; returns the model, already wrapped.
 
-    name_or_path: a repository of the hub, a folder, or a folder that `save_packed` wrote. hf_kwargs:
+    name_or_path: a repository of the hub, a folder, or a folder that `save_packed` wrote.
+    keep_packed: keep the packed model beside the cache of the hub, or in the folder of that path, and
+    read it from there the next time; one that no longer fits its source is made anew. hf_kwargs:
     fields of `Config`, and whatever `from_pretrained` of transformers takes. Needs the memory of
     the packed experts, the dense weights and less than one layer. Raises CheckpointError or
     CheckpointNotFoundError for files that are damaged or missing, ConfigError or
@@ -38,7 +45,11 @@ def from_pretrained(
     from hybrimoe.runtime.loading.opening import load
 
     config = (config or Config()).replace(**ours)
-    return load(name_or_path, config, ours.keys(), hf_kwargs)
+    if keep_packed is False:
+        return load(name_or_path, config, ours.keys(), hf_kwargs)
+    return load_kept(
+        name_or_path, config, ours.keys(), hf_kwargs, keep_packed, load=load, save=save_packed
+    )
 
 
 def save_packed(model: nn.Module, folder: str | os.PathLike[str]) -> None:

@@ -21,13 +21,17 @@ LARGEST = 256 << 20
 PLACE = ("cache_dir", "revision")
 
 
-def origin_of(name: str, place: Mapping[str, Any] | None = None) -> Path | None:
+def origin_of(
+    name: str, place: Mapping[str, Any] | None = None, file: str = "config.json"
+) -> Path | None:
     """The folder that a model came from: a local one, or its snapshot in the cache; never the network.
 
-    place: arguments of transformers' `from_pretrained` that say where files come from.
+    place: arguments of transformers' `from_pretrained` that say where files come from. file: one that
+    the snapshot has.
     """
     place = place or {}
-    folder = Path(name) / (place.get("subfolder") or "")
+    inside = f"{place['subfolder']}/" if place.get("subfolder") else ""
+    folder = Path(name) / inside
     if name and folder.is_dir():
         return folder
     from huggingface_hub import try_to_load_from_cache  # not needed for what is on disk
@@ -35,10 +39,10 @@ def origin_of(name: str, place: Mapping[str, Any] | None = None) -> Path | None:
 
     where = {key: place[key] for key in PLACE if place.get(key)}
     try:
-        found = try_to_load_from_cache(name, "config.json", **where)
+        found = try_to_load_from_cache(name, f"{inside}{file}", **where)
     except HFValidationError:  # such as a model that was built, not loaded
         return None
-    return Path(found).parent / (place.get("subfolder") or "") if isinstance(found, str) else None
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def copy_companions(origin: Path | None, folder: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import snapshot_download
 from transformers.utils.hub import cached_file
 
 from hybrimoe.config import Config
@@ -93,6 +94,10 @@ def load(
         raise CheckpointNotFoundError(f"{name} is no folder with a checkpoint")
     else:
         examine_remote(str(name), hf_kwargs)
+        fetched = fetch_packed(str(name), hf_kwargs)
+        if fetched is not None:
+            kwargs = {key: value for key, value in hf_kwargs.items() if key not in HUB}
+            return load(fetched, config, given, kwargs)
     hf_kwargs = {**hf_kwargs, "use_safetensors": True}
     model_class, _ = class_of(name, hf_kwargs)
     if not folder.is_dir() and not hf_kwargs.get("trust_remote_code"):
@@ -131,6 +136,28 @@ def examine_remote(name: str, hf_kwargs: dict[str, Any]) -> None:
         raise CheckpointNotFoundError(f"{name}: {first_line(error)}") from error
     if index is not None:
         read_index(Path(index), Path(index).parent)
+
+
+def revision_of(name: str, file: str, place: dict[str, Any]) -> str | None:
+    """The commit of a repository that a file of it comes from now; None for what is no repository."""
+    path = cached_file(name, file, **place)
+    parts = Path(path).parts if path is not None else ()
+    return parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
+
+
+def fetch_packed(name: str, hf_kwargs: dict[str, Any]) -> Path | None:
+    """The snapshot of a repository that holds a packed folder, fetched if need be; else None."""
+    place = {key: hf_kwargs[key] for key in HUB if key in hf_kwargs}
+    config = hf_kwargs.get("config") or read_config(
+        name, **place, trust_remote_code=hf_kwargs.get("trust_remote_code")
+    )
+    if not is_packed(getattr(config, "quantization_config", None)):
+        return None
+    where = {key: value for key, value in place.items() if key not in ("subfolder", "proxies")}
+    try:
+        return Path(snapshot_download(name, **where)) / (place.get("subfolder") or "")
+    except (OSError, ValueError) as error:
+        raise CheckpointNotFoundError(f"{name}: {first_line(error)}") from error
 
 
 def ensure_remote_fits(name: str, config: Config, hf_kwargs: dict[str, Any]) -> None:
