@@ -60,6 +60,8 @@ def load(
             raise ConfigError(f"{argument} cannot be given to hybrimoe.from_pretrained: {advice}")
     if hf_kwargs.get("use_safetensors") is False:
         raise CheckpointError(f"use_safetensors=False asks for pickles: {CONVERT}")
+    for argument in ("dtype", "torch_dtype"):
+        check_dtype(argument, hf_kwargs.get(argument))
     check_device_map(hf_kwargs.get("device_map"))
     if hf_kwargs.get("gguf_file") is not None:
         from hybrimoe.runtime.loading.gguf_file import load_gguf  # an extra
@@ -87,6 +89,14 @@ def load(
     if not folder.is_dir() and not hf_kwargs.get("trust_remote_code"):
         ensure_remote_fits(str(name), config, hf_kwargs)
     return model_class.from_pretrained(name, quantization_config=config, **hf_kwargs)
+
+
+def check_dtype(argument: str, asked: Any) -> None:
+    """Raise ConfigError for the name of a dtype that torch does not have."""
+    if not isinstance(asked, str) or asked == "auto":
+        return
+    if not isinstance(getattr(torch, asked.removeprefix("torch."), None), torch.dtype):
+        raise ConfigError(f"{argument} must name a dtype of torch or 'auto', got {asked!r}")
 
 
 def load_packed(
