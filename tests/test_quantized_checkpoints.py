@@ -12,13 +12,14 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
-from transformers.integrations import Mxfp4GptOssExperts, finegrained_fp8
+from transformers.quantizers import HfQuantizer
 
 import families
 import hybrimoe
 from hybrimoe import CheckpointError, Config, UnsupportedModelError
 from hybrimoe.cli import main
 from hybrimoe.runtime import quantized
+from hybrimoe.runtime.loading import packed_files
 from hybrimoe.runtime.loading.checkpoints import examine_folder
 from hybrimoe.runtime.loading.skeleton import build_skeleton
 from hybrimoe.runtime.loading.stored_numbers import ensure_plain
@@ -378,88 +379,16 @@ def test_what_belongs_to_no_weight_of_the_model_is_left_alone(tail, original):
     ensure_plain(skeleton(), found)
 
 
-# A loaded model.
-
-
-def as_fp8(model: nn.Module) -> None:
-    said = transformers.FineGrainedFP8Config()
-    finegrained_fp8.replace_with_fp8_linear(model, ["lm_head"], said)
-    model.to_empty(device="cpu")
-
-
-def as_mxfp4(model: nn.Module) -> None:
-    for layer in model.model.layers:
-        layer.mlp.experts = Mxfp4GptOssExperts(model.config)
-
-
-class Linear4bit(nn.Linear):
-    """What bitsandbytes puts in the place of a linear layer."""
-
-    def __init__(self, plain: nn.Linear) -> None:
-        super().__init__(plain.in_features, plain.out_features, bias=False)
-        packed = torch.zeros(plain.weight.numel() // 2, 1, dtype=torch.uint8)
-        self.weight = nn.Parameter(packed, requires_grad=False)
-
-
-def with_packed_attention(model: nn.Module) -> None:
-    for layer in model.model.layers:
-        layer.self_attn.q_proj = Linear4bit(layer.self_attn.q_proj)
-
-
-LOADED = {
-    "qwen3_moe.Qwen3MoeExperts": (as_fp8, "quantized by fp8 (FP8Experts)", "FineGrainedFP8Config("),
-    "gpt_oss.GptOssExperts": (as_mxfp4, "quantized by mxfp4 (Mxfp4GptOssExperts)", "Mxfp4Config("),
-}
-
-
-@pytest.mark.parametrize("verb", [hybrimoe.wrap, hybrimoe.plan])
-@pytest.mark.parametrize("family", LOADED)
-def test_experts_that_a_quantizer_replaced_are_refused(family, verb):
-    replace, what, hint = LOADED[family]
-    model = families.build(family)
-    replace(model)
-    with pytest.raises(UnsupportedModelError, match=re.escape(what)) as caught:
-        verb(model)
-
-    assert hint in str(caught.value)
-    assert not hasattr(model, "hybrimoe")
-
-
-def test_the_configuration_of_a_loaded_model_names_the_method():
-    model = families.build("qwen3_moe.Qwen3MoeExperts")
-    as_fp8(model)
-    model.config.quantization_config = transformers.FineGrainedFP8Config()
-    with pytest.raises(UnsupportedModelError, match=r"quantized by fp8 \(FP8Experts\)"):
-        hybrimoe.wrap(model)
-
-
-def test_experts_cast_to_integers_are_refused():
-    model = families.build("qwen3_moe.Qwen3MoeExperts")
-    experts = families.experts(model)[1]
-    experts.up = nn.Parameter(experts.down_proj.data.to(torch.int8), requires_grad=False)
-    with pytest.raises(UnsupportedModelError, match=r"is quantized .*use an unquantized"):
-        hybrimoe.wrap(model)
-
-
-def test_dense_layers_that_a_quantizer_replaced_cannot_be_packed():
-    model = families.build("qwen3_moe.Qwen3MoeExperts")
-    with_packed_attention(model)
-    with pytest.raises(
-        UnsupportedModelError, match=r"by bitsandbytes \(Linear4bit\).*leave out li"
-    ):
-        hybrimoe.wrap(model, linear="int8")
-
-    hybrimoe.wrap(model)  # the experts are plain, and the others stay as they are
-    assert isinstance(model.model.layers[0].self_attn.q_proj, Linear4bit)
-    hybrimoe.unwrap(model)
-
-
 # What the messages advise.
 
 
 def test_fp8_can_be_dequantized_by_transformers_and_wrapped(checkpoint):
     store(checkpoint, fp8, quantization_config=BLOCKS)
     said = transformers.FineGrainedFP8Config(dequantize=True)
+    if not hasattr(HfQuantizer, "update_weight_conversions"):  # so the message names a version
+        with pytest.raises(RuntimeError):
+            Qwen3MoeForCausalLM.from_pretrained(checkpoint, quantization_config=said)
+        return
     model = Qwen3MoeForCausalLM.from_pretrained(checkpoint, quantization_config=said).eval()
     ids = torch.arange(8)[None]
     with torch.no_grad():
@@ -467,6 +396,46 @@ def test_fp8_can_be_dequantized_by_transformers_and_wrapped(checkpoint):
         got = hybrimoe.wrap(model)(ids).logits
 
     torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("door", ["hybrimoe", "transformers"])
+def test_a_key_mapping_hides_nothing(door, checkpoint):
+    def rename(tensors):
+        bytes_of_the_same_shape(tensors)
+        for name in list(tensors):
+            tensors[f"outer.{name}"] = tensors.pop(name)
+
+    store(checkpoint, rename)
+    with pytest.raises(CheckpointError, match="is stored as U8"):
+        DOORS[door](checkpoint, key_mapping={r"^outer\.": ""})
+
+
+def test_a_packed_folder_is_looked_into(original, tmp_path):
+    hybrimoe.save_packed(hybrimoe.from_pretrained(original), tmp_path / "packed")
+    manifest = json.loads((tmp_path / "packed" / "hybrimoe.json").read_text())
+    path = tmp_path / "packed" / manifest["folder"] / "dense.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    fp8(tensors, ["lm_head.weight"])
+    save_file(tensors, path, {"format": "pt"})
+    manifest["dense"] = {"bytes": path.stat().st_size, "checksum": packed_files._file_sum(path)}
+    (tmp_path / "packed" / "hybrimoe.json").write_text(json.dumps(manifest))
+
+    for door in ("hybrimoe", "plan"):
+        with pytest.raises(CheckpointError, match="is stored as F8_E4M3"):
+            DOORS[door](tmp_path / "packed")
+
+
+@pytest.mark.parametrize("door", ["hybrimoe", "plan"])
+@pytest.mark.parametrize("said", ["fp8", ["fp8"]])
+def test_a_declaration_that_is_no_object_is_refused(said, door, checkpoint):
+    store(checkpoint, keep, quantization_config=said)
+    with pytest.raises(UnsupportedModelError):
+        DOORS[door](checkpoint)
+
+
+def test_a_dtype_that_torch_does_not_know_is_refused(original):
+    with pytest.raises(hybrimoe.ConfigError, match="dtype must name a dtype of torch"):
+        hybrimoe.from_pretrained(original, dtype="nonesuch")
 
 
 FAMILIES = [name for name in families.decorated() if name not in families.SKIPPED]

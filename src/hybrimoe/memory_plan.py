@@ -20,6 +20,7 @@ from hybrimoe.errors import (
 )
 from hybrimoe.placement import Budget, Placement, choose, nearest, place
 from hybrimoe.policy.sizes import parse_size
+from hybrimoe.runtime.formats import format_of
 from hybrimoe.runtime.loading.checkpoints import Catalogue
 from hybrimoe.runtime.loading.footprint import Footprint, footprint_of
 from hybrimoe.runtime.loading.gguf_experts import named_file, prescribed, refuse_format
@@ -217,6 +218,7 @@ def _of_name(
     config = read_config(name, revision=revision)
     refuse_declared(name, config, {key: tensor.dtype for key, tensor in tensors.items()})
     dtype = weight_dtype(config, checkpoint.stored)
+    format_of("native", dtype)  # refuses what no door loads
     skeleton = build_skeleton(config, dtype)
     ensure_plain(skeleton, tensors)
     stored, streams = checkpoint.tensors, packs_on_arrival(skeleton)

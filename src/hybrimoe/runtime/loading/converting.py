@@ -16,6 +16,8 @@ from transformers.core_model_loading import (
 from hybrimoe.errors import CheckpointError
 from hybrimoe.runtime.loading.arrivals import Arrivals
 from hybrimoe.runtime.loading.reading import Reader
+from hybrimoe.runtime.loading.stored_numbers import quantized_tensor
+from hybrimoe.runtime.quantized import PLAIN
 from hybrimoe.runtime.releases import CONVERTER_STATE
 
 
@@ -65,6 +67,9 @@ class PackingConverter(WeightConverter):  # type: ignore[misc]
         self, target_key: str, source_key: str, source_pattern: str, future: Any
     ) -> None:
         """Remember which stored tensor it is, besides what the loader would do with it."""
+        stored = None if self.reader is None else self.reader.catalogue.get(source_key)
+        if stored is not None and stored.dtype not in PLAIN:
+            raise quantized_tensor(f"is stored as {stored.dtype}", source_key, stored)
         super().add_tensor(target_key, source_key, source_pattern, future)
         self.keys.setdefault(source_pattern, []).append(source_key)
         first, *others = self.target_patterns

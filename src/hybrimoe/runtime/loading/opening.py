@@ -70,6 +70,8 @@ def load(
             raise ConfigError(f"{argument} cannot be given to hybrimoe.from_pretrained: {advice}")
     if hf_kwargs.get("use_safetensors") is False:
         raise CheckpointError(f"use_safetensors=False asks for pickles: {CONVERT}")
+    for argument in ("dtype", "torch_dtype"):
+        check_dtype(argument, hf_kwargs.get(argument))
     check_device_map(hf_kwargs.get("device_map"))
     if is_automatic(hf_kwargs.get("device_map")):
         hf_kwargs = {key: value for key, value in hf_kwargs.items() if key != "device_map"}
@@ -107,6 +109,14 @@ def load(
     refuse_missing(found["missing_keys"])  # the class was our choice: not even a head may be new
     model.hybrimoe.origin = origin_of(os.fspath(name), hf_kwargs)
     return (model, found) if hf_kwargs.get("output_loading_info") else model
+
+
+def check_dtype(argument: str, asked: Any) -> None:
+    """Raise ConfigError for the name of a dtype that torch does not have."""
+    if not isinstance(asked, str) or asked == "auto":
+        return
+    if not isinstance(getattr(torch, asked.removeprefix("torch."), None), torch.dtype):
+        raise ConfigError(f"{argument} must name a dtype of torch or 'auto', got {asked!r}")
 
 
 def load_packed(

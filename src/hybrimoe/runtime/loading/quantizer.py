@@ -232,6 +232,12 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
         ]
         return ours + [PackingConverter.of_merged(tail, *share) for tail in self._tails()]
 
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """All converters; what a `key_mapping` of the user's renames is looked at now."""
+        if self.reader is not None:
+            ensure_plain(model, self.reader.catalogue, weight_conversions)
+        return super().update_weight_conversions(weight_conversions, model)
+
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         assert self.arrivals is not None
         self.arrivals.finish()

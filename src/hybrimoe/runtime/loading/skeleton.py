@@ -36,7 +36,7 @@ def read_config(name: str | os.PathLike[str], **place: Any) -> Any:
         raise CheckpointNotFoundError(
             f"no config.json of {os.fspath(name)!r} can be read: {first_line(error)}"
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UnsupportedModelError(
             f"transformers does not know the model in {os.fspath(name)!r}: {first_line(error)}"
         ) from error

@@ -18,27 +18,28 @@ MODELOPT = "hf_quant_config.json"
 """Where modelopt writes its method, in older exports only there."""
 
 
-def ensure_plain(model: Any, stored: Catalogue) -> None:
+def ensure_plain(model: Any, stored: Catalogue, rules: list[Any] | None = None) -> None:
     """Raise CheckpointError for a tensor that stands for a weight but does not hold its numbers.
 
-    model: as it is before any weight arrives, such as on the meta device.
+    model: as it is before any weight arrives, such as on the meta device. rules: of renaming; None
+    takes those that transformers has for the model.
     """
     suspects = [n for n, tensor in stored.items() if tensor.dtype not in PLAIN or owners(n)]
     if not suspects:
         return
     suspects.sort(key=lambda name: stored[name].dtype in PLAIN)  # what is plainly wrong comes first
-    names = _Names(model)
+    names = _Names(model, rules)
     for name in suspects:
         target = names.target(name)
         tensor = stored[name]
         if target is not None:
             kind = names.state[target].dtype
             if tensor.dtype not in PLAIN and (kind.is_floating_point or kind.is_complex):
-                raise _quantized(f"is stored as {tensor.dtype}", name, tensor)
+                raise quantized_tensor(f"is stored as {tensor.dtype}", name, tensor)
             continue
         owner = names.owner(name, is_plain=tensor.dtype in PLAIN)
         if owner is not None:
-            raise _quantized(
+            raise quantized_tensor(
                 f"lies beside the weight {owner}, which it scales or holds", name, tensor
             )
 
@@ -46,7 +47,7 @@ def ensure_plain(model: Any, stored: Catalogue) -> None:
 class _Names:
     """From names in a checkpoint to those of a model's parameters and buffers."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, rules: list[Any] | None) -> None:
         # Half of transformers comes with these, and few checkpoints have suspects.
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, rename_source_key
@@ -54,7 +55,7 @@ class _Names:
         self.rename = rename_source_key
         self.state = model.state_dict()
         self.prefix = model.base_model_prefix
-        known = get_model_conversion_mapping(model)
+        known = get_model_conversion_mapping(model) if rules is None else rules
         converters = [rule for rule in known if isinstance(rule, WeightConverter)]
         renamings = [rule for rule in known if not isinstance(rule, WeightConverter)]
         self.rules: tuple[tuple[list[Any], list[Any]], ...] = ((renamings, converters), ([], []))
@@ -78,7 +79,8 @@ class _Names:
         return next((found for found in map(self.target, beside) if found is not None), None)
 
 
-def _quantized(what: str, name: str, tensor: StoredTensor) -> CheckpointError:
+def quantized_tensor(what: str, name: str, tensor: StoredTensor) -> CheckpointError:
+    """What to raise for a tensor that cannot be read without its scales."""
     is_modelopt = (Path(tensor.path).parent / MODELOPT).is_file()
     advice = f"{MODELOPT} says modelopt: {hint_of('modelopt')}" if is_modelopt else UNDECLARED
     return CheckpointError(f"{what}: the checkpoint is quantized; {advice}", tensor.path, name)
