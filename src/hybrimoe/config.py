@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,11 +72,6 @@ class Config:
     trace: bool = False
 
     def __post_init__(self) -> None:
-        self._check()
-        if "transformers" in sys.modules:
-            self._make_known()
-
-    def _check(self) -> None:
         _one_of("weights", self.weights, WEIGHTS)
         _one_of("device", self.device, DEVICES)
         if self.linear is not None:
@@ -131,15 +125,11 @@ class Config:
     def quant_method(self) -> str:
         """The name by which transformers finds our loader for `quantization_config=Config(...)`.
 
-        transformers asks for it just before it looks the name up, so the loader is made known here at
-        the latest: at import it would cost the second that transformers' quantizers take to import.
+        transformers asks for it just before it looks the name up, so the loader is made known here:
+        at import it would cost the second that transformers' quantizers take to import.
         """
-        self._make_known()
-        return "hybrimoe"
-
-    @staticmethod
-    def _make_known() -> None:
         importlib.import_module("hybrimoe.pretrained").make_known()
+        return "hybrimoe"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, with a schema version; policy objects do not travel."""

@@ -6,6 +6,7 @@ path for the one module that holds transformers' table of quantizers, and adds a
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 from types import ModuleType
@@ -26,7 +27,7 @@ def announce() -> None:
 
 
 def register(table: Any) -> None:
-    """Make transformers' quantizers know packed folders; again changes nothing."""
+    """Make transformers' quantizers know packed folders and ask us first; again changes nothing."""
     if METHOD in table.AUTO_QUANTIZATION_CONFIG_MAPPING:
         return
 
@@ -44,6 +45,23 @@ def register(table: Any) -> None:
         return PackedFolder.merged(stored, given) if is_packed(stored) else merge(stored, given)
 
     table.AutoHfQuantizer.merge_quantization_configs = classmethod(merge_quantization_configs)
+    _ask_first(table)
+
+
+def _ask_first(table: Any) -> None:
+    """Refuse a checkpoint that is quantized otherwise before transformers reads its declaration."""
+    choose = table.get_hf_quantizer
+
+    @functools.wraps(choose)
+    def get_hf_quantizer(config: Any, given: Any, *args: Any, **how: Any) -> Any:
+        if getattr(given, "quant_method", None) == METHOD:
+            importlib.import_module("hybrimoe.runtime.loading.quantizer").refuse_checkpoint(config)
+        return choose(config, given, *args, **how)
+
+    table.get_hf_quantizer = get_hf_quantizer
+    loader = sys.modules.get("transformers.modeling_utils")  # it keeps the name that it imported
+    if getattr(loader, "get_hf_quantizer", None) is choose:
+        vars(loader)["get_hf_quantizer"] = get_hf_quantizer
 
 
 class _Waiting:

@@ -71,7 +71,7 @@ def load(
     if hf_kwargs.get("use_safetensors") is False:
         raise CheckpointError(f"use_safetensors=False asks for pickles: {CONVERT}")
     for argument in ("dtype", "torch_dtype"):
-        check_dtype(argument, hf_kwargs.get(argument))
+        check_dtype_name(argument, hf_kwargs.get(argument))
     check_device_map(hf_kwargs.get("device_map"))
     if is_automatic(hf_kwargs.get("device_map")):
         hf_kwargs = {key: value for key, value in hf_kwargs.items() if key != "device_map"}
@@ -111,7 +111,7 @@ def load(
     return (model, found) if hf_kwargs.get("output_loading_info") else model
 
 
-def check_dtype(argument: str, asked: Any) -> None:
+def check_dtype_name(argument: str, asked: Any) -> None:
     """Raise ConfigError for the name of a dtype that torch does not have."""
     if not isinstance(asked, str) or asked == "auto":
         return

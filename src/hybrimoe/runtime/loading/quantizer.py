@@ -8,7 +8,6 @@ family loads here that loads there.
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,10 +15,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from transformers import modeling_utils
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
-from transformers.quantizers import HfQuantizer, auto
+from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.logging import tqdm
 
@@ -99,25 +97,16 @@ def register(start: Start, finish: Finish) -> None:
     if not isinstance(AUTO_QUANTIZER_MAPPING.get(METHOD), type):
         faces = {"start": staticmethod(start), "finish": staticmethod(finish)}
         AUTO_QUANTIZER_MAPPING[METHOD] = type("HybriMoEQuantizer", (Quantizer,), faces)
-        _ask_first()
 
 
-def _ask_first() -> None:
-    """Refuse a checkpoint that declares a quantization before transformers reads the declaration.
+def refuse_checkpoint(config: Any) -> None:
+    """Raise UnsupportedModelError if a model's configuration declares a quantization of its files.
 
     transformers would import the package of the method, complain that two configurations are of
     different classes, or for a method it does not know go on as if nothing had been declared.
     """
-    choose = auto.get_hf_quantizer
-
-    @functools.wraps(choose)
-    def checked(config: Any, quantization_config: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(quantization_config, (Config, PackedConfig)):
-            name = str(getattr(config, "name_or_path", None) or "")
-            refuse_declared(name, config, dtypes_in(Path(name)) if name else None)
-        return choose(config, quantization_config, *args, **kwargs)
-
-    auto.get_hf_quantizer = modeling_utils.get_hf_quantizer = checked
+    name = str(getattr(config, "name_or_path", None) or "")
+    refuse_declared(name, config, dtypes_in(Path(name)) if name else None)
 
 
 class Quantizer(HfQuantizer):  # type: ignore[misc]
