@@ -50,8 +50,9 @@ def saved(tmp_path_factory):
 # The numbers.
 
 
-@pytest.mark.parametrize("targets", TARGETS)
-@pytest.mark.parametrize("weights", BOUNDS)
+@pytest.mark.parametrize(
+    ("weights", "targets"), [*(("native", name) for name in TARGETS), ("int8", "both")]
+)
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("order", ["adapter first", "wrapped first"])
 def test_logits_are_those_of_the_unwrapped_peft_model(order, place, weights, targets):
@@ -434,3 +435,25 @@ def test_other_adapters_train_beside_frozen_ones_on_experts():
     assert len(found) == 4
     for name, gradient in wanted.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_gradients_are_those_of_the_forward_whatever_became_active_since():
+    def gradient(model, disable):
+        embedded = model.get_input_embeddings()(IDS).detach().requires_grad_()
+        found = model(inputs_embeds=embedded, labels=IDS).loss
+        if disable:  # as for the reference of a preference loss
+            with model.disable_adapter():
+                logits(model)
+        found.backward()
+        return embedded.grad
+
+    def frozen(model):
+        model.requires_grad_(False)
+        return model
+
+    wanted = gradient(frozen(adapted(bare())), disable=False)
+    for place in ("cpu", "disk"):
+        model = hybrimoe.wrap(frozen(adapted(bare())), **PLACES[place])
+        torch.testing.assert_close(gradient(model, True), wanted, rtol=1e-3, atol=1e-8)
+    with model.disable_adapter():
+        assert not torch.allclose(gradient(model, False), wanted, rtol=1e-2)

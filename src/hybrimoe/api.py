@@ -190,11 +190,8 @@ class Runtime:
 
     def guard(self, model: nn.Module) -> None:
         """Refuse from now on what would break the experts, and count them where models are counted."""
-        dtypes, names = (
-            {layer.dtype for layer in self.layers},
-            [layer.name for layer in self.layers],
-        )
-        self._guards.install(model, names, dtypes)
+        names = [layer.name for layer in self.layers]
+        self._guards.install(model, names, {layer.dtype for layer in self.layers})
         self._counts.install(model, names)
         what = "experts and packed dense layers" if self.linears else "experts"
         notice = FrozenNotice(model, names[0], what)

@@ -292,7 +292,9 @@ class _Differentiable(torch.autograd.Function):
     ) -> Tensor:
         ctx.layer = layer
         ctx.save_for_backward(hidden, ids, weights)
-        return layer.compute(hidden, ids, weights)
+        out = layer.compute(hidden, ids, weights)
+        ctx.folded = layer.adapters.folded
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -302,7 +304,7 @@ class _Differentiable(torch.autograd.Function):
         hidden = hidden.detach().requires_grad_()
         weights = weights.detach().requires_grad_()
         with torch.enable_grad():
-            tensors = ctx.layer.unpacked()
+            tensors = ctx.layer.adapters.as_in(ctx.folded)
             if hidden.dtype != ctx.layer.dtype:
                 tensors = {name: tensor.to(hidden.dtype) for name, tensor in tensors.items()}
             out = ctx.layer._call_original(tensors, hidden, ids, weights)

@@ -24,14 +24,11 @@ from hybrimoe.kernels.layout import has_k_types, split
 from hybrimoe.runtime import deltas, formats, tuners
 from hybrimoe.runtime.deltas import Delta, Kept
 from hybrimoe.runtime.pool import checksum
+from hybrimoe.runtime.tuners import Seen
 
 if TYPE_CHECKING:
     from hybrimoe.runtime.adapters import FoundExperts
     from hybrimoe.runtime.experts import PooledExperts
-
-SAMPLES = 16
-"""Numbers of a factor that are compared besides its version, which `.data` does not count."""
-State = tuple[Any, ...]
 
 
 class Folded(NamedTuple):
@@ -60,7 +57,7 @@ class LayerAdapters:
     def __init__(self, layer: PooledExperts, found: FoundExperts) -> None:
         self.layer, self.found = layer, found
         self.folded = NOTHING
-        self._state: State | None = ()
+        self._seen: list[Seen] | None = []  # None: something failed half way
         self._top: nn.Module | None = None
         self._wrappers: list[Any] = []
         self._checksum = 0  # of what lies on disk without any delta
@@ -78,8 +75,11 @@ class LayerAdapters:
         self._top = None
 
     def is_stale(self) -> bool:
-        """Whether the pool holds other deltas than are active now."""
-        return self._now() != self._state
+        """Whether the pool holds other deltas than are active now; each forward asks."""
+        wrappers, seen = self.wrappers(), self._seen
+        if seen is None or len(wrappers) != len(seen):
+            return True
+        return any(not then.holds(now) for then, now in zip(seen, wrappers)) if seen else False
 
     def trained(self) -> tuple[Tensor, ...]:
         """The factors of active adapters that want gradients."""
@@ -96,12 +96,14 @@ class LayerAdapters:
 
         Experts that will lie on disk are packed without: both versions have room there.
         """
+        if self.layer.pool.tier is not None:
+            return {}
+        self._seen = self._look()
         wanted = wanted_by(self.wrappers())
-        if not wanted or self.layer.pool.tier is not None:
+        if not wanted:
             return {}
         plain = {name: getattr(self.found.module, name).data for name in self.layer.shapes}
         weights, self.folded = self._fold(plain, wanted)
-        self._state = self._now()
         return weights
 
     def plain(self) -> dict[str, Tensor]:
@@ -114,18 +116,27 @@ class LayerAdapters:
             plain[name] = deltas.subtract(plain[name], added[name], kept.get(name, ()))
         return plain
 
+    def as_in(self, folded: Folded) -> dict[str, Tensor]:
+        """The weights with the deltas of a forward pass, whose adapters may not be active any more."""
+        if folded is self.folded:
+            return self.layer.unpacked()
+        plain = self.plain()
+        return plain | {
+            name: deltas.add(plain[name], folded.deltas[name]) for name in folded.deltas
+        }
+
     @torch.no_grad()
     def follow(self) -> None:
         """Pack the layer anew with the deltas that are active now."""
-        state, wanted = self._now(), wanted_by(self.wrappers())
-        self._state = None  # stale, should anything fail
+        seen, wanted = self._look(), wanted_by(self.wrappers())
+        self._seen = None  # stale, should anything fail
         if self.folded is not NOTHING and not wanted and self.layer.pool.tier is not None:
             self.layer.rewritten(None, self._checksum)
             self.folded = NOTHING
         elif self.folded is not NOTHING or wanted:
             self._warn_of_rounding()
             self._pack(self.plain(), wanted)
-        self._state = state
+        self._seen = seen
 
     @torch.no_grad()
     def change(self, name: str, found: list[Delta], safe: bool = False) -> None:
@@ -137,7 +148,7 @@ class LayerAdapters:
         plain[name] = deltas.add(plain[name], found)
         if safe and not torch.isfinite(plain[name]).all():
             raise ValueError(f"NaNs detected in the merged {name} of {self.layer.name}")
-        self._state = None  # what is still active is folded in by the next forward
+        self._seen = None  # what is still active is folded in by the next forward
         self._pack(plain, {})
         if tier is not None:
             tier.backing.keep_cover(self.layer.index)
@@ -177,8 +188,8 @@ class LayerAdapters:
             kept = {name: deltas.keep(plain[name], weights[name], wanted[name]) for name in wanted}
         return weights, Folded(wanted, kept) if wanted else NOTHING
 
-    def _now(self) -> State:
-        return tuple(map(_state_of, self.wrappers()))
+    def _look(self) -> list[Seen]:
+        return [Seen(wrapper) for wrapper in self.wrappers()]
 
     def _warn_of_rounding(self) -> None:
         if self.folded is NOTHING or self.layer.is_lossless or self.layer.pool.tier is not None:
@@ -325,26 +336,6 @@ def _layer_of(wrapper: Any) -> Any:
 
 OVERRIDES = {"forward": _forward, "get_param": _get_param, "merge": _merge, "unmerge": _unmerge}
 """Methods of a wrapper that would touch the parameters of its experts."""
-
-
-def _state_of(wrapper: Any) -> State:
-    """What a wrapper adds now: equal as long as that is equal."""
-    return (
-        wrapper,
-        *(
-            (name, wrapper.scaling[name], *map(_look, tuners.factors_of(wrapper, name)))
-            for name in tuners.active_on(wrapper)
-        ),
-    )
-
-
-def _look(factor: Tensor) -> State:
-    """Where a factor lies, how often it was changed, and some of its numbers."""
-    version = 0 if factor.is_inference() else factor._version
-    if factor.device.type != "cpu" or not factor.is_contiguous():
-        return factor.data_ptr(), version
-    numbers = formats.bits(factor.detach()).reshape(-1)
-    return factor.data_ptr(), version, numbers[:: max(numbers.size // SAMPLES, 1)].tobytes()
 
 
 # For good: a hook that is taken away while another thread builds a model would end that.

@@ -13,7 +13,70 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from hybrimoe.errors import UnsupportedModelError
+from hybrimoe.runtime import formats
 from hybrimoe.runtime.deltas import Delta
+
+SIDES = ("lora_A", "lora_B")
+SAMPLES = 16
+"""Numbers of a factor that are compared besides its version, which `.data` does not count."""
+
+
+class Seen:
+    """What a wrapper added to its parameter at one time, to be compared with what it adds now.
+
+    Every forward pass of every layer compares, so nothing is called that a dictionary can answer.
+    """
+
+    def __init__(self, wrapper: Any) -> None:
+        said = wrapper.__dict__
+        active, merged = said["_active_adapter"], said["merged_adapters"]
+        self._wrapper = wrapper
+        self._disabled, self._merged = said["_disable_adapters"], list(merged)
+        self._active = active if isinstance(active, str) else list(active)
+        self._scaling = dict(said["scaling"])
+        self._factors = [
+            (side, adapter, _Numbers(factor))
+            for adapter in active_on(wrapper)
+            for side, factor in zip(SIDES, factors_of(wrapper, adapter))
+        ]
+
+    def holds(self, wrapper: Any) -> bool:
+        """Whether this wrapper adds the same now."""
+        said, modules = wrapper.__dict__, wrapper._modules
+        if (
+            wrapper is not self._wrapper
+            or said["_disable_adapters"] != self._disabled
+            or said["_active_adapter"] != self._active
+            or said["merged_adapters"] != self._merged
+            or said["scaling"] != self._scaling
+        ):
+            return False
+        for side, adapter, numbers in self._factors:
+            if not numbers.are(modules[side]._modules[adapter]._parameters["weight"]):
+                return False
+        return True
+
+
+class _Numbers:
+    """Where a factor lies, how often it was changed, and some of its numbers."""
+
+    def __init__(self, factor: Tensor) -> None:
+        self._place, self._version = factor.data_ptr(), _version(factor)
+        self._sample, self._bytes = None, b""
+        if factor.device.type == "cpu" and factor.is_contiguous():
+            numbers = formats.bits(factor.detach()).reshape(-1)
+            self._sample = numbers[:: max(numbers.size // SAMPLES, 1)]
+            self._bytes = self._sample.tobytes()
+
+    def are(self, factor: Tensor) -> bool:
+        """Whether a factor still is what it was."""
+        if factor.data_ptr() != self._place or _version(factor) != self._version:
+            return False
+        return self._sample is None or self._sample.tobytes() == self._bytes
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def is_wrapper(module: nn.Module | None) -> bool:
@@ -53,9 +116,8 @@ def active_on(wrapper: Any) -> list[str]:
 
 def factors_of(wrapper: Any, adapter: str) -> tuple[Tensor, Tensor]:
     """The two parameters of an adapter: A [E * R, in] and B [out, R * E]."""
-    return tuple(
-        side._modules[adapter]._parameters["weight"] for side in (wrapper.lora_A, wrapper.lora_B)
-    )  # type: ignore[return-value]
+    a, b = (wrapper._modules[side]._modules[adapter]._parameters["weight"] for side in SIDES)
+    return a, b
 
 
 def delta_of(wrapper: Any, adapter: str) -> Delta:

@@ -72,7 +72,8 @@ class Backing:
             if hasattr(os, "posix_fallocate") and nbytes:
                 os.posix_fallocate(self._spill, 0, nbytes)
         except OSError as error:
-            self.close()
+            if not self.places:  # else experts are read from other files
+                self.close()
             raise StorageError(f"spill={str(self.folder)!r}: {error}") from error
 
     @staticmethod
