@@ -171,7 +171,9 @@ def test_a_grid_of_widths_counts_and_presets(widths, counts, dtype):
         for i, (count, width) in enumerate(zip(counts, itertools.cycle(widths)))
     ]
     wanted = logits(pruned(layers, dtype))
-    limit = EXACT if dtype == torch.float32 else ROUNDED
+    limit = (
+        EXACT if dtype == torch.float32 else 2e-2
+    )  # half of the mantissa: another expert may win
     for way, name in itertools.product(WAYS, PRESETS):
         if name == "hybrimoe" or "device" in WAYS[way]:
             given = WAYS[way] | ({"preset": name} if "device" in WAYS[way] else {})
