@@ -19,7 +19,7 @@ import hybrimoe
 from hybrimoe import CheckpointError, Config, UnsupportedModelError
 from hybrimoe.cli import main
 from hybrimoe.runtime import quantized
-from hybrimoe.runtime.loading import packed_files
+from hybrimoe.runtime.loading import packed_blobs
 from hybrimoe.runtime.loading.checkpoints import examine_folder
 from hybrimoe.runtime.loading.skeleton import build_skeleton
 from hybrimoe.runtime.loading.stored_numbers import ensure_plain
@@ -417,7 +417,7 @@ def test_a_packed_folder_is_looked_into(original, tmp_path):
     tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
     fp8(tensors, ["lm_head.weight"])
     save_file(tensors, path, {"format": "pt"})
-    manifest["dense"] = {"bytes": path.stat().st_size, "checksum": packed_files._file_sum(path)}
+    manifest["dense"] = {"bytes": path.stat().st_size, "checksum": packed_blobs.file_sum(path)}
     (tmp_path / "packed" / "hybrimoe.json").write_text(json.dumps(manifest))
 
     for door in ("hybrimoe", "plan"):

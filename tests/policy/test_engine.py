@@ -37,7 +37,9 @@ class Memory(SimExecutor):
             self.cache.generation[move.slot] == move.generation
             and self.cache.slot[move.layer, move.expert] == move.slot
         )
-        shards = set(range(move.first, self.cost.shards if move.last < 0 else move.last))
+        shards = set(
+            range(move.first, self.cost.of(move.layer).shards if move.last < 0 else move.last)
+        )
         layer, expert, present = self.holds.get(move.slot, (-1, -1, set()))
         kept = present if (layer, expert) == (move.layer, move.expert) else set()
         self.holds[move.slot] = (move.layer, move.expert, kept | shards)
