@@ -253,7 +253,7 @@ def transformers_version(version: str) -> Finding:
     if untested(version):
         newest = release_text(NEWEST)
         text = f"{version}, newer than {newest}, the newest release hybrimoe was tested with"
-        advice = f"if something is wrong: pip install 'transformers<={newest}.*'"
+        advice = f"if something is wrong: pip install 'transformers=={newest}.*'"
         return Finding("transformers", "warn", text, advice)
     return Finding("transformers", "ok", version)
 

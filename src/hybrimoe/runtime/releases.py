@@ -65,7 +65,7 @@ def warn_if_untested() -> None:
     if message is not None:
         warnings.warn(
             f"{message}: compare hybrimoe.verify(model), or pip install "
-            f"'transformers<={release_text(NEWEST)}.*'",
+            f"'transformers=={release_text(NEWEST)}.*'",
             RuntimeWarning,
             stacklevel=2,
         )
