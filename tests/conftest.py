@@ -21,6 +21,8 @@ from transformers.utils import logging
 from paths import TINY_MOE
 
 logging.disable_progress_bar()
+families: list[str] = []
+"""What the workers measured, a line per family."""
 # For tests/mutations: there a failure is all that is asked for.
 settings.register_profile("first-failure", phases=[Phase.explicit, Phase.generate])
 
@@ -45,12 +47,24 @@ def model32() -> PreTrainedModel:
 def pytest_unconfigure() -> None:
     """Away with the cache of this run."""
     shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker hands what it measured to the process that prints."""
+    parity, output = sys.modules.get("parity"), getattr(session.config, "workeroutput", None)
+    if parity is not None and output is not None:
+        output["families"] = [str(result) for result in parity.measured]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: object) -> None:
+    """Take it from the worker."""
+    families.extend(getattr(node, "workeroutput", {}).get("families", []))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """One line per family that was measured."""
     parity = sys.modules.get("parity")
-    if parity is not None and parity.measured:
+    lines = families + [str(result) for result in (parity.measured if parity else [])]
+    if lines:
         terminalreporter.section("families, wrapped against unwrapped")
-        for result in parity.measured:
-            terminalreporter.write_line(str(result))
+        for line in lines:
+            terminalreporter.write_line(line)

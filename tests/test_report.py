@@ -154,3 +154,8 @@ def test_all_is_well_with_the_memory_that_lost_nothing(model, monkeypatch):
     tokens(model)
 
     assert "memory" not in lines(model.hybrimoe.report())
+
+
+def test_compiling_within_a_pass_has_a_line_of_its_own():
+    assert "compiled" not in lines(of_one_layer())
+    assert lines(of_one_layer(compile_s=3.0))["compiled"].startswith("kernels for 3.00 s")

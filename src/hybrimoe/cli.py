@@ -14,6 +14,7 @@ from hybrimoe.config import WEIGHTS
 from hybrimoe.errors import HybriMoEError
 from hybrimoe.model_commands import add_bench, add_doctor, add_generate, add_plan
 from hybrimoe.simulation_commands import add_simulate, add_trace
+from hybrimoe.warmup_commands import add_warmup
 
 BUNDLED = Path(__file__).resolve().parents[2] / "tests" / "assets" / "tiny-moe"
 
@@ -54,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     add_simulate(commands)
     add_calibrate(commands)
     add_cache(commands)
+    add_warmup(commands)
     return parser
 
 

@@ -51,9 +51,10 @@ def add_name(
     parser: argparse.ArgumentParser,
     metavar: str = "NAME",
     where: str = "a folder, a name on the hub, or a .gguf file",
+    optional: bool = False,
 ) -> None:
     """The arguments that name a model."""
-    parser.add_argument("name", metavar=metavar, help=where)
+    parser.add_argument("name", metavar=metavar, nargs="?" if optional else None, help=where)
     parser.add_argument("--gguf-file", metavar="FILE", help=f"the GGUF file in {metavar} to load")
 
 

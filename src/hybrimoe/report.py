@@ -48,10 +48,10 @@ class Report:
     decode_tokens: int
     decode_s: float
     experts_s: float
-    compile_s: float
     layers: tuple[LayerReport, ...]
     hybrid: dict[str, Any] | None = None
     disk: dict[str, Any] | None = None
+    compile_s: float = 0.0
 
     @classmethod
     def of(

@@ -40,7 +40,7 @@ KERNELS = {"up_pairs": False, "down_tokens": False, "up_tiles": True, "down_tile
 @needs_triton
 def test_the_interpreter_equals_float64():
     tests = Path(__file__).with_name("interpreted.py")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(tests)]
+    command = [sys.executable, "-m", "pytest", "-n0", "-p", "no:cacheprovider", str(tests)]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     print(done.stdout[-3000:], done.stderr[-1000:])

@@ -158,7 +158,7 @@ def survives(mutation: Mutation, folder: Path) -> bool:
     """Whether its tests are still green."""
     source = mutated(mutation, folder)
     environment = os.environ | {"PYTHONPATH": str(source), "NUMBA_CACHE_DIR": f"{folder}/numba"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", *mutation.tests.split()]
+    command = [sys.executable, "-m", "pytest", "-n0", "-x", "-q", *mutation.tests.split()]
     command += ["--hypothesis-profile", "first-failure"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode in USAGE:  # a crash by a signal counts as noticed
