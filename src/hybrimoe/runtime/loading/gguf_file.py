@@ -32,8 +32,9 @@ from hybrimoe.runtime.formats import choice_of
 from hybrimoe.runtime.loading import gguf_experts
 from hybrimoe.runtime.loading.arrivals import STAGING_BYTES, Arrivals
 from hybrimoe.runtime.loading.gguf_check import ArrayLength, GgufHeader, GgufTensor, read_gguf
+from hybrimoe.runtime.loading.hub import CLIENT_ERRORS, first_line, reach
 from hybrimoe.runtime.loading.reading import read_at
-from hybrimoe.runtime.loading.skeleton import build_skeleton, first_line
+from hybrimoe.runtime.loading.skeleton import build_skeleton
 
 FAMILIES = {"qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe"}
 """Architectures that transformers maps, changing no number on the way: their `model_type`."""
@@ -187,14 +188,13 @@ def find_file(
     if folder.is_dir():
         folder = folder / (hf_kwargs.get("subfolder") or "")
         return folder / gguf_file, folder
-    if folder.exists() or str(name).startswith((".", "/", "~")):
-        raise CheckpointNotFoundError(f"{name} is no folder with a checkpoint")
-    place = {key: hf_kwargs[key] for key in HUB if key in hf_kwargs}
+    asked = {key: hf_kwargs[key] for key in HUB if key in hf_kwargs}
+    place = reach(os.fspath(name), asked, gguf_file)
     try:
         path = Path(cached_file(str(name), gguf_file, **place))
         # Beside it, so that it is found there; many repositories of GGUF files have none.
         cached_file(str(name), "config.json", _raise_exceptions_for_missing_entries=False, **place)
-    except (OSError, ValueError) as error:
+    except CLIENT_ERRORS as error:
         raise CheckpointNotFoundError(f"{name}: {first_line(error)}") from error
     return path, path.parent
 

@@ -19,10 +19,11 @@ from hybrimoe.errors import (
 )
 from hybrimoe.runtime.formats import choice_of
 from hybrimoe.runtime.loading.checkpoints import CONVERT, INDEX, examine_folder, read_index
+from hybrimoe.runtime.loading.hub import CLIENT_ERRORS, PLACE, cached_folder, first_line, reach
 from hybrimoe.runtime.loading.load_memory import ensure_fits
 from hybrimoe.runtime.loading.packed_files import DENSE, check_dense, read_manifest
 from hybrimoe.runtime.loading.quantizer import PackedConfig, check_device_map
-from hybrimoe.runtime.loading.skeleton import build_skeleton, first_line, read_config, weight_dtype
+from hybrimoe.runtime.loading.skeleton import build_skeleton, read_config, weight_dtype
 
 REFUSED = {
     "quantization_config": "hybrimoe's own is given by config=",
@@ -34,16 +35,6 @@ REFUSED = {
     "ignore_mismatched_sizes": "weights of other shapes belong to another model",
 }
 """Arguments of transformers' from_pretrained that mean something else here, and what to do."""
-HUB = (
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "token",
-    "revision",
-    "subfolder",
-    "proxies",
-)
-"""Arguments that say where files come from."""
 
 
 def load(
@@ -76,10 +67,8 @@ def load(
                     raise
                 manifest = newer
         examine_folder(folder, hf_kwargs.get("variant"))
-    elif folder.exists() or str(name).startswith((".", "/", "~")):
-        raise CheckpointNotFoundError(f"{name} is no folder with a checkpoint")
     else:
-        examine_remote(str(name), hf_kwargs)
+        hf_kwargs = examine_remote(os.fspath(name), hf_kwargs)
     hf_kwargs = {**hf_kwargs, "use_safetensors": True}
     model_class, _ = class_of(name, hf_kwargs)
     if not folder.is_dir() and not hf_kwargs.get("trust_remote_code"):
@@ -117,15 +106,25 @@ def load_packed(
     )
 
 
-def examine_remote(name: str, hf_kwargs: dict[str, Any]) -> None:
-    """Check the index of a repository, before the files that it names are fetched."""
-    place = {key: hf_kwargs[key] for key in HUB if key in hf_kwargs}
+def examine_remote(name: str, hf_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Check that a repository can be had, and its index, before the files that it names are fetched.
+
+    Returns `hf_kwargs`, with `local_files_only` where only the cache can give it.
+    """
+    place = reach(name, {key: hf_kwargs[key] for key in PLACE if key in hf_kwargs})
+    folder = cached_folder(name, place)
+    if place.get("local_files_only") and folder is not None:
+        examine_folder(folder, hf_kwargs.get("variant"))
+        # The automatic classes look for adapters of PEFT by arguments of their own.
+        adapters = {"local_files_only": True, **(hf_kwargs.get("adapter_kwargs") or {})}
+        return hf_kwargs | place | {"adapter_kwargs": adapters}
     try:
         index = cached_file(name, INDEX, _raise_exceptions_for_missing_entries=False, **place)
-    except (OSError, ValueError) as error:
+    except CLIENT_ERRORS as error:
         raise CheckpointNotFoundError(f"{name}: {first_line(error)}") from error
     if index is not None:
         read_index(Path(index), Path(index).parent)
+    return hf_kwargs
 
 
 def ensure_remote_fits(name: str, config: Config, hf_kwargs: dict[str, Any]) -> None:
@@ -145,7 +144,7 @@ def ensure_remote_fits(name: str, config: Config, hf_kwargs: dict[str, Any]) -> 
 def class_of(name: str | os.PathLike[str], hf_kwargs: dict[str, Any]) -> tuple[Any, Any]:
     """The class that loads a checkpoint (for text if there is one, else the one that config.json
     names), and the configuration."""
-    place = {key: hf_kwargs[key] for key in (*HUB, "trust_remote_code") if key in hf_kwargs}
+    place = {key: hf_kwargs[key] for key in (*PLACE, "trust_remote_code") if key in hf_kwargs}
     config = read_config(name, **place)
     method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
     if method is not None:
