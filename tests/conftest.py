@@ -47,6 +47,8 @@ def model32() -> PreTrainedModel:
 def pytest_unconfigure() -> None:
     """Away with the cache of this run."""
     shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """A worker hands what it measured to the process that prints."""
     parity, output = sys.modules.get("parity"), getattr(session.config, "workeroutput", None)

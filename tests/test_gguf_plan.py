@@ -173,7 +173,7 @@ def test_a_file_that_is_nowhere(tmp_path, monkeypatch):
         CheckpointNotFoundError, match=r"fetch it first: hf download nobody/x a\.gguf"
     ):
         hybrimoe.plan("nobody/x", gguf_file="a.gguf")
-    with pytest.raises(CheckpointNotFoundError, match="no folder with a checkpoint"):
+    with pytest.raises(CheckpointNotFoundError, match=r"no file '\./nowhere/a\.gguf'"):
         hybrimoe.plan("./nowhere/a.gguf")
     with pytest.raises(CheckpointError, match="cannot be read"):
         hybrimoe.plan(tmp_path / "a.gguf")
@@ -323,5 +323,5 @@ def test_a_file_without_any_tokenizer_is_one_line(capsys, tiny, tmp_path):
     assert main(["generate", str(tmp_path / "Q4_0.gguf"), "--prompt", "x"]) == 1
     err = capsys.readouterr().err
 
-    assert "NAME has no tokenizer, neither beside Q4_0.gguf" in err
+    assert "Q4_0.gguf has no tokenizer, neither beside the file" in err
     assert len(err.strip().splitlines()) == 1

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import hybrimoe
-from hybrimoe import model_commands
+from hybrimoe import side_by_side
 from hybrimoe.cli import main
 from paths import TINY_MOE
 
@@ -31,6 +31,8 @@ def chatty(tmp_path) -> Path:
 def test_plan_prints_text_or_one_object(capsys):
     assert main(["plan", TINY, "--context", "512"]) == 0
     assert "It fits: hybrimoe.from_pretrained(" in capsys.readouterr().out
+    assert main(["plan", TINY, "--context", "512", "--ram", "24GiB"]) == 0
+    assert "(ram='24GiB')" in capsys.readouterr().out
     assert main(["plan", TINY, "--weights", "int4", "--vram", "3MiB", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
 
@@ -68,15 +70,11 @@ def test_wrong_usage_ends_with_code_2(capsys, arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["plan", "./nowhere"], "no folder with a checkpoint"),
-        (["plan", "nobody/has-this-model"], "the hub does not give it"),
-        (["generate", "./nowhere", "--prompt", "x"], "NAME has no tokenizer"),
         (
             ["generate", TINY, "--prompt", "x", "--chat"],
             "--chat needs a model with a chat template",
         ),
         (["generate", TINY, "--prompt", ""], "--prompt must have at least one token"),
-        (["bench", "./nowhere"], "no folder with a checkpoint"),
     ],
 )
 def test_failures_are_one_line_without_a_traceback(capsys, arguments, message):
@@ -143,7 +141,7 @@ def test_packed_files_are_planned_and_generate_as_they_are(capsys, packed, token
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["generate", "--prompt", "hi"], "NAME has no tokenizer: .*save_pretrained"),
+        (["generate", "--prompt", "hi"], "has no tokenizer: .*save_pretrained"),
         (["bench"], "packed experts only; give it the original checkpoint"),
         (["plan", "--weights", "int8"], "weights must be 'int4', which the experts .* packed as"),
     ],
@@ -214,8 +212,8 @@ class Slow:
 
 def test_bench_times_the_prompt_and_the_tokens_after_it_in_one_run(monkeypatch):
     slow = Slow()
-    monkeypatch.setattr(model_commands.time, "perf_counter", lambda: slow.now)
-    prefill, decode, tokens = model_commands._timed(slow, torch.zeros(1, 7), 4)
+    monkeypatch.setattr(side_by_side.time, "perf_counter", lambda: slow.now)
+    prefill, decode, tokens = side_by_side.timed(slow, torch.zeros(1, 7), 4)
 
     assert (prefill, decode, len(tokens)) == (3.0, 2.0, 5)
 
@@ -228,7 +226,7 @@ def test_bench_compares_both_in_one_table(capsys):
     found = json.loads(capsys.readouterr().out)
 
     assert [line.split()[0] for line in lines[2:5]] == ["plain", "wrapped", "ratio"]
-    assert lines[-1] == "greedy tokens equal: 5 of 5"
+    assert "greedy tokens equal: 5 of 5" in lines
     for name in ("plain", "wrapped"):
         assert found[name]["prefill_tokens_s"] > 0
         assert found[name]["decode_tokens_s"] > 0

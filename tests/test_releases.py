@@ -37,7 +37,9 @@ def test_every_floor_is_run():
     lines = (ROOT / ".ci" / "oldest.txt").read_text().splitlines()
     pins = dict(re.match(r"([\w.-]+)==([\d.]+)", line).groups() for line in lines if "==" in line)
 
-    assert pins == {name: f"{floor}{'.0' * (2 - floor.count('.'))}" for name, floor in floors().items()}
+    assert pins == {
+        name: f"{floor}{'.0' * (2 - floor.count('.'))}" for name, floor in floors().items()
+    }
 
 
 def test_the_supported_releases_are_those_of_the_project_file():

@@ -71,7 +71,7 @@ def test_profiles_come_from_files_too(capsys, tmp_path):
         (["--profile", "abacus"], "none of a6000, desktop, laptop, h200"),
         (["--vram", "lots"], "must be a size like '10GiB'"),
         (["--presets", "fastest"], "'fastest' is none of all, hybrimoe"),
-        (["--steps", "0"], "must be at least 1"),
+        (["--steps", "0"], "must be a whole number of at least 1"),
     ],
 )
 def test_wrong_usage_ends_with_code_2(capsys, arguments, message):

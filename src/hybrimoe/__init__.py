@@ -25,10 +25,10 @@ if TYPE_CHECKING:
         WrappedModelError,
     )
     from hybrimoe.kernels.activations import Gate
-    from hybrimoe.memory_plan import MemoryPlan, plan
+    from hybrimoe.memory_plan import MemoryPlan
     from hybrimoe.policy.routing import RoutingTrace
     from hybrimoe.policy.simulator import Result, simulate
-    from hybrimoe.pretrained import from_pretrained, save_packed
+    from hybrimoe.pretrained import from_pretrained, plan, save_packed
     from hybrimoe.report import Report
     from hybrimoe.runtime.adapters import ExpertWeights, register_adapter
     from hybrimoe.runtime.measuring.calibration import calibrate
@@ -85,10 +85,10 @@ _HOMES = {
         "WrappedModelError",
     ),
     "hybrimoe.kernels.activations": ("Gate",),
-    "hybrimoe.memory_plan": ("MemoryPlan", "plan"),
+    "hybrimoe.memory_plan": ("MemoryPlan",),
     "hybrimoe.policy.routing": ("RoutingTrace",),
     "hybrimoe.policy.simulator": ("Result", "simulate"),
-    "hybrimoe.pretrained": ("from_pretrained", "save_packed"),
+    "hybrimoe.pretrained": ("from_pretrained", "plan", "save_packed"),
     "hybrimoe.report": ("Report",),
     "hybrimoe.runtime.adapters": ("ExpertWeights", "register_adapter"),
     "hybrimoe.runtime.measuring.calibration": ("calibrate",),

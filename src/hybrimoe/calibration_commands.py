@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hybrimoe.config import WEIGHTS
-from hybrimoe.policy.cost import CostModel, write_atomically
-from hybrimoe.policy.profiles import SHAPES, Shape, rates_of
-from hybrimoe.policy.profiles import shape as shape_of
+from hybrimoe.choices import SHAPES, WEIGHTS
+from hybrimoe.command_values import ensure_writable, positive
+
+if TYPE_CHECKING:
+    from hybrimoe.policy.cost import CostModel
+    from hybrimoe.policy.profiles import Shape
 
 NAME = "this machine"
 
@@ -29,7 +31,7 @@ def add_calibrate(commands: Any) -> None:
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any"
     )
-    parser.add_argument("--threads", type=_positive, help="of the CPU's experts")
+    parser.add_argument("--threads", type=positive, help="of the CPU's experts")
     parser.add_argument("--force", action="store_true", help="measure even what is known")
     parser.add_argument(
         "-o",
@@ -44,7 +46,11 @@ def add_calibrate(commands: Any) -> None:
 
 def run_calibrate(options: argparse.Namespace) -> dict[str, Any]:
     """Measure or look up what experts cost here, say it, and write it down if asked to."""
+    ensure_writable(options.output, "--output")
     import hybrimoe
+    from hybrimoe.policy.cost import write_atomically
+    from hybrimoe.policy.profiles import rates_of
+    from hybrimoe.policy.profiles import shape as shape_of
 
     cost = hybrimoe.calibrate(
         shape=options.shape,
@@ -83,10 +89,3 @@ def describe(cost: CostModel, like: Shape, what: str) -> str:
         numbers = f"{cost.link_latency * 1e6:8.1f}{copy_s * 1e6:8.1f}{'':8}{bandwidth / 1e9:8.1f}"
         lines.append(f"{name:16}{numbers}")
     return "\n".join(lines)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value

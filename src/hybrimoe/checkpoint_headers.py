@@ -13,16 +13,21 @@ from hybrimoe.errors import CheckpointError, CheckpointNotFoundError
 from hybrimoe.runtime.formats import choice_of
 from hybrimoe.runtime.loading.checkpoints import (
     CONVERT,
-    INDEX,
-    WEIGHTS,
     Catalogue,
     StoredTensor,
     examine_files,
     examine_folder,
 )
 from hybrimoe.runtime.loading.gguf_check import GgufHeader
+from hybrimoe.runtime.loading.hub import (
+    CLIENT_ERRORS,
+    cached_folder,
+    explain,
+    first_line,
+    reach,
+    refuse_path,
+)
 from hybrimoe.runtime.loading.packed_manifest import DENSE, LINEARS, linears_of, read_manifest
-from hybrimoe.runtime.loading.skeleton import first_line
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,7 @@ def read_checkpoint(name: str, revision: str | None = None) -> Headers:
     folder = Path(name)
     if name and folder.is_dir():
         return _read_folder(name, folder, "folder")
-    if not name or folder.exists() or name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise CheckpointNotFoundError(f"{name!r} is no folder with a checkpoint")
+    refuse_path(name)
     snapshot = _snapshot(name, revision)
     if snapshot is not None:
         return _read_folder(name, snapshot, "cache")
@@ -123,23 +127,14 @@ def _by_dtype(tensors: Iterable[tuple[str, int]]) -> dict[str, int]:
 
 def _snapshot(name: str, revision: str | None) -> Path | None:
     """The repository in the cache, if all of its weights have been downloaded."""
-    from huggingface_hub import try_to_load_from_cache  # not needed for what is on disk
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = [try_to_load_from_cache(name, f, revision=revision) for f in (WEIGHTS, INDEX)]
-    except HFValidationError as error:
-        raise CheckpointNotFoundError(
-            f"{name!r} is no folder, and no name on the hub either: {first_line(error)}"
-        ) from error
-    folders = [Path(path).parent for path in found if isinstance(path, str)]
-    if not folders:
+    folder = cached_folder(name, {"revision": revision})
+    if folder is None:
         return None
     try:
-        examine_folder(folders[0])
+        examine_folder(folder)
     except CheckpointError:  # not downloaded to the end; the hub has the rest
         return None
-    return folders[0]
+    return folder
 
 
 def _read_hub(name: str, revision: str | None) -> Headers:
@@ -147,17 +142,17 @@ def _read_hub(name: str, revision: str | None) -> Headers:
     from huggingface_hub import HfApi
     from huggingface_hub import errors as hub
 
+    place = reach(name, {"revision": revision})
+    if place.get("local_files_only"):
+        examine_folder(cached_folder(name, place) or Path(name))  # says what is missing
     try:
         found = HfApi().get_safetensors_metadata(name, revision=revision)
     except hub.NotASafetensorsRepoError as error:
         raise CheckpointError(f"{name} has no safetensors on the hub: {CONVERT}") from error
     except hub.SafetensorsParsingError as error:
         raise CheckpointError(f"{name} on the hub: {first_line(error)}") from error
-    except (hub.HfHubHTTPError, hub.OfflineModeIsEnabled, OSError, RuntimeError) as error:
-        raise CheckpointNotFoundError(
-            f"{name} is no folder here and not in the cache, and the hub does not give it: "
-            f"{first_line(error)}"
-        ) from error
+    except CLIENT_ERRORS as error:
+        raise CheckpointNotFoundError(explain(name, error, revision)) from error
     tensors = {}
     for path, file in found.files_metadata.items():
         for key, tensor in file.tensors.items():

@@ -7,6 +7,9 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
+from hybrimoe.choices import DEVICES as DEVICES
+from hybrimoe.choices import LINEAR as LINEAR
+from hybrimoe.choices import WEIGHTS as WEIGHTS
 from hybrimoe.errors import ConfigError
 from hybrimoe.policy.engine import Policies
 from hybrimoe.policy.prefetcher import Prefetcher
@@ -15,9 +18,6 @@ from hybrimoe.policy.ranking import Ranking
 from hybrimoe.policy.scheduler import Scheduler
 from hybrimoe.policy.sizes import parse_size
 
-WEIGHTS = ("native", "int8", "int4")
-LINEAR = ("int8", "int4")
-DEVICES = ("auto", "cpu", "cuda", "emulated")
 POLICY_TYPES = {"scheduler": Scheduler, "cache": Ranking, "prefetcher": Prefetcher}
 SCHEMA = 1
 

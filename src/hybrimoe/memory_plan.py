@@ -23,8 +23,9 @@ from hybrimoe.policy.sizes import parse_size
 from hybrimoe.runtime.formats import format_of
 from hybrimoe.runtime.loading.checkpoints import Catalogue
 from hybrimoe.runtime.loading.footprint import Footprint, footprint_of
-from hybrimoe.runtime.loading.gguf_experts import named_file, prescribed, refuse_format
+from hybrimoe.runtime.loading.gguf_experts import prescribed, refuse_format
 from hybrimoe.runtime.loading.host import MARGIN, HostMemory, host_memory, size_text
+from hybrimoe.runtime.loading.hub import is_path, named_file
 from hybrimoe.runtime.loading.skeleton import (
     build_skeleton,
     kept_dtypes,
@@ -138,21 +139,7 @@ def plan(
     revision: str | None = None,
     gguf_file: str | None = None,
 ) -> MemoryPlan:
-    """What a model takes on this machine, from config.json and the headers of its files only.
-
-    model: a folder (`save_packed` may have written it) or a name on the hub, planned for
-    `from_pretrained`; or a loaded model, planned for `wrap`.
-    vram: for expert slots, as in `Config`; None takes what a GPU has left, if there is one.
-    ram: host memory that the whole model may take, not only its experts as in `Config`: bytes,
-    "16GiB" or a fraction of what can be had; None is all. Where no format fits into it, `call`
-    has the `Config.ram` that does, with the other experts on disk.
-    weights: "native", "int8" or "int4"; None takes the most precise one that fits.
-    context: tokens of prompt and answer together, of one sequence.
-    gguf_file: the GGUF file to load, on disk or in the cache; `model` may also be its path. Its
-    types say how experts are kept, so `weights` must be None.
-    Raises CheckpointNotFoundError, CheckpointError or UnsupportedModelError. A model that does not
-    fit is no error until `ensure_fits`.
-    """
+    """What `hybrimoe.plan` does."""
     if weights is not None and weights not in WEIGHTS:
         raise ConfigError(f"weights must be one of {', '.join(WEIGHTS)} or None, got {weights!r}")
     if isinstance(context, bool) or not isinstance(context, int) or context < 1:
@@ -188,7 +175,7 @@ def _host(ram: Size, mapped: int) -> HostMemory:
         return HostMemory(max(have.free - MARGIN, 0), have.limit)
     size = parse_size("ram", ram)
     if isinstance(size, float):
-        return HostMemory(int(size * have.free), f"{size:.0%} of the {have.limit}")
+        return HostMemory(int(size * have.free), f"ram={ram!r} of the {have.limit}")
     return HostMemory(size, f"ram={ram!r}")
 
 
@@ -215,7 +202,8 @@ def _of_name(
             f"weights must be {checkpoint.packed!r}, which the experts in {name} were packed as, got "
             f"{weights!r}; plan the original checkpoint"
         )
-    config = read_config(name, revision=revision)
+    local = checkpoint.place == "cache"  # what is whole there needs no network
+    config = read_config(name, revision=revision, local_files_only=local)
     refuse_declared(name, config, {key: tensor.dtype for key, tensor in tensors.items()})
     dtype = weight_dtype(config, checkpoint.stored)
     format_of("native", dtype)  # refuses what no door loads
@@ -245,7 +233,7 @@ def _of_gguf(
     try:
         opened = open_gguf(name, {"gguf_file": gguf_file, **place})
     except CheckpointNotFoundError as error:
-        if name.startswith((".", "/", "~")) or Path(name).exists():
+        if is_path(name) or Path(name).exists():
             raise
         raise CheckpointNotFoundError(
             f"{name}/{gguf_file} is not in the cache, and plan reads the header of a GGUF file from "

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import copy
-import statistics
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hybrimoe.cache_commands import add_keep_packed
-from hybrimoe.compiling import stopwatch
-from hybrimoe.config import DEVICES, WEIGHTS
-from hybrimoe.errors import ConfigError, HybriMoEError
+from hybrimoe.choices import DEVICES, WEIGHTS
+from hybrimoe.command_values import positive, size
+from hybrimoe.errors import ConfigError
 from hybrimoe.named_models import (
     Source,
     add_name,
@@ -21,7 +20,9 @@ from hybrimoe.named_models import (
     source_of,
     tokenizer_of,
 )
-from hybrimoe.policy.sizes import parse_size
+
+if TYPE_CHECKING:
+    from hybrimoe.side_by_side import Timing
 
 CONTEXT = 4096
 
@@ -30,12 +31,12 @@ def add_plan(commands: Any) -> None:
     """The arguments of `hybrimoe plan`."""
     parser = commands.add_parser("plan", help="will a model fit, and how fast will it be")
     add_name(parser)
-    parser.add_argument("--vram", type=_size("vram"), help="for expert slots on the GPU")
+    parser.add_argument("--vram", type=size("vram"), help="for expert slots on the GPU")
     parser.add_argument(
-        "--ram", type=_size("ram"), help="host memory for the whole model (what can be had)"
+        "--ram", type=size("ram"), help="host memory for the whole model (what can be had)"
     )
     parser.add_argument("--weights", choices=WEIGHTS, help="the most precise that fits")
-    parser.add_argument("--context", type=_positive, default=CONTEXT, help="tokens (%(default)s)")
+    parser.add_argument("--context", type=positive, default=CONTEXT, help="tokens (%(default)s)")
     _add_json(parser, run_plan)
 
 
@@ -45,11 +46,11 @@ def add_generate(commands: Any) -> None:
     add_name(parser)
     parser.add_argument("--prompt", required=True, help="text to continue; - reads it from stdin")
     parser.add_argument("--chat", action="store_true", help="as a message to a chat model")
-    parser.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N")
+    parser.add_argument("--max-new-tokens", type=positive, default=256, metavar="N")
     parser.add_argument("--greedy", action="store_true", help="no sampling")
     parser.add_argument("--weights", choices=WEIGHTS, help="the most precise that fits")
     parser.add_argument("--device", choices=DEVICES, default="auto")
-    parser.add_argument("--vram", type=_size("vram"), help="for expert slots on the GPU")
+    parser.add_argument("--vram", type=size("vram"), help="for expert slots on the GPU")
     add_keep_packed(parser)
     parser.add_argument("--stats", action="store_true", help="end with the report, on stderr")
     _add_json(parser, run_generate)
@@ -61,11 +62,11 @@ def add_bench(commands: Any) -> None:
     add_name(parser)
     parser.add_argument("--weights", choices=WEIGHTS, help="(native)")
     parser.add_argument("--device", choices=DEVICES, default="auto")
-    parser.add_argument("--vram", type=_size("vram"), help="for expert slots on the GPU")
-    parser.add_argument("--prompt-tokens", type=_positive, default=128, metavar="N")
-    parser.add_argument("--tokens", type=_positive, default=32, metavar="N", help="to decode")
+    parser.add_argument("--vram", type=size("vram"), help="for expert slots on the GPU")
+    parser.add_argument("--prompt-tokens", type=positive, default=128, metavar="N")
+    parser.add_argument("--tokens", type=positive, default=32, metavar="N", help="to decode")
     add_keep_packed(parser)
-    parser.add_argument("--rounds", type=_positive, default=5, metavar="N")
+    parser.add_argument("--rounds", type=positive, default=5, metavar="N")
     _add_json(parser, run_bench)
 
 
@@ -79,11 +80,15 @@ def add_doctor(commands: Any) -> None:
 
 def run_plan(options: argparse.Namespace) -> dict[str, Any]:
     """Print the plan; fails if the model does not fit."""
-    from hybrimoe.memory_plan import plan
+    from hybrimoe.runtime.loading.hub import look_for
 
-    name, gguf_file = source_of(options)
+    source = source_of(options)
+    if source.gguf_file is None:
+        look_for(source.name, {})
+    from hybrimoe.memory_plan import plan  # seconds, and in vain for a name of nothing
+
     sizes = options.vram, options.ram, options.weights, options.context
-    found = plan(name, *sizes, gguf_file=gguf_file)
+    found = plan(source.name, *sizes, gguf_file=source.gguf_file)
     options.failed = not found.fits
     if not options.json:
         print(found)
@@ -107,9 +112,10 @@ def run_generate(options: argparse.Namespace) -> dict[str, Any]:
     import torch
     from transformers import TextStreamer
 
+    from hybrimoe.compiling import stopwatch
+
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
-    source = source_of(options)
-    source.check()
+    source = source_of(options).reached()
     tokenizer = tokenizer_of(source)
     inputs = _encode(tokenizer, prompt, options.chat)
     length = inputs["input_ids"].shape[1]
@@ -145,9 +151,10 @@ def run_bench(options: argparse.Namespace) -> dict[str, Any]:
     import torch
     from transformers.utils import logging
 
+    from hybrimoe.side_by_side import Crowd, alternate, timed
+
     tokens = options.prompt_tokens + options.tokens
-    source = source_of(options)
-    source.check(plain=True)
+    source = source_of(options).reached(plain=True)
     if source.gguf_file is None and options.weights is None:
         options.weights = "native"
     _check_room_for_both(options, source, tokens)
@@ -159,49 +166,18 @@ def run_bench(options: argparse.Namespace) -> dict[str, Any]:
     prompt = torch.randint(plain.config.get_text_config().vocab_size, size, generator=generator)
     models = {"plain": plain, "wrapped": wrapped}
     for model in models.values():
-        _timed(model, prompt, 1)  # compiles, and touches every page once
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-    answers = {}
-    for turn in range(options.rounds):
-        # Taking turns, each first as often as the other: what slows the machine slows both.
-        for name in sorted(models, reverse=bool(turn % 2)):
-            prefill, decode, answers[name] = _timed(models[name], prompt, options.tokens)
-            times[name].append((prefill, decode))
-    result = _compare(options, times, answers) | {"weights": weights}
+        timed(model, prompt, 1)  # compiles, and touches every page once
+    with Crowd(wrapped.hybrimoe.threads) as crowd:
+        times = alternate(models, prompt, options.tokens, options.rounds)
+    result = _compare(options.prompt_tokens, times) | {
+        "weights": weights,
+        "cores_taken_by_others": crowd.missing,
+    }
     if not options.json:
         print(_table(options, str(source), result))
+        if crowd.warning:
+            print(f"note: {crowd.warning}")
     return result
-
-
-class _Clock:
-    """A streamer that notes when the prompt and each token came."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: Any) -> None:
-        self.times.append(stopwatch.clock())
-
-    def end(self) -> None:
-        """Nothing is held back."""
-
-
-def _timed(model: Any, prompt: Any, tokens: int) -> tuple[float, float, list[int]]:
-    """Seconds until the first token, seconds of `tokens` more, and all of them."""
-    import torch
-
-    clock, start = _Clock(), stopwatch.clock()
-    with torch.no_grad():
-        ids = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            min_new_tokens=tokens + 1,
-            max_new_tokens=tokens + 1,
-            do_sample=False,
-            streamer=clock,
-        )
-    _, first, *_, last = clock.times
-    return first - start, last - first, ids[0, prompt.shape[1] :].tolist()
 
 
 def _warm(model: Any, ids: Any) -> None:
@@ -214,24 +190,19 @@ def _warm(model: Any, ids: Any) -> None:
     model.hybrimoe.reset_stats()
 
 
-def _compare(
-    options: argparse.Namespace,
-    times: dict[str, list[tuple[float, float]]],
-    answers: dict[str, list[int]],
-) -> dict[str, Any]:
-    speeds = {}
-    for name, pairs in times.items():
-        prefill, decode = (statistics.median(column) for column in zip(*pairs))
-        speeds[name] = {
-            "prefill_tokens_s": options.prompt_tokens / prefill,
-            "decode_tokens_s": options.tokens / decode,
+def _compare(prompt_tokens: int, times: dict[str, Timing]) -> dict[str, Any]:
+    """Tokens per second of each model, and how far their answers agree."""
+    speeds = {
+        name: {
+            "prefill_tokens_s": prompt_tokens / timing.prefill_s,
+            "decode_tokens_s": 1 / timing.decode_s,
         }
-    equal = 0
-    for ours, theirs in zip(answers["wrapped"], answers["plain"]):
-        if ours != theirs:
-            break
-        equal += 1
-    return speeds | {"equal_tokens": equal, "of_tokens": len(answers["plain"])}
+        for name, timing in times.items()
+    }
+    ours, theirs = times["wrapped"].answer, times["plain"].answer
+    pairs = enumerate(zip(ours, theirs))
+    equal = next((i for i, (mine, other) in pairs if mine != other), len(theirs))
+    return speeds | {"equal_tokens": equal, "of_tokens": len(theirs)}
 
 
 def _table(options: argparse.Namespace, name: str, result: dict[str, Any]) -> str:
@@ -260,7 +231,7 @@ def _check_room_for_both(options: argparse.Namespace, source: Source, context: i
             f"bench compares with the plain model, but {source.name} holds packed experts only; "
             "give it the original checkpoint"
         )
-    found = plan(source.name, weights=options.weights, context=context, **source.arguments)
+    found = plan(source.name, weights=options.weights, context=context, gguf_file=source.gguf_file)
     advice = "bench keeps a plain and a wrapped copy; use a smaller model, or `generate --stats`"
     ensure_host_fits(found.peak_bytes + found.plain_bytes, f"bench of {source}", advice)
 
@@ -287,23 +258,3 @@ def _encode(tokenizer: Any, prompt: str, chat: bool) -> dict[str, Any]:
 def _add_json(parser: argparse.ArgumentParser, run: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     parser.set_defaults(run=run)
-
-
-def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return value
-
-
-def _size(name: str) -> Any:
-    def parse(text: str) -> int | float:
-        try:
-            return parse_size(name, text)
-        except HybriMoEError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return parse

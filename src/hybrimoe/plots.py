@@ -28,6 +28,7 @@ COLOURS = {"GPU": "#1b4965", "CPU": "#f4a259", "LINK": "#cfe8ef", "POLICY": "#8d
 HATCHES = {"GPU": "", "CPU": "///", "LINK": "...", "POLICY": "xxx"}
 NAMES = {"GPU": "GPU", "CPU": "CPU", "LINK": "link", "POLICY": "policy"}
 INK = {"GPU": "white", "CPU": "black", "LINK": "black", "POLICY": "black"}
+LANES = ("GPU", "CPU", "LINK", "POLICY")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 ROWS = ("CPU", "LINK", "GPU")  # of a timeline, from the bottom
 PAST_JOIN = 1.06  # how far a timeline goes on
@@ -37,13 +38,21 @@ WIDE_ENOUGH = 0.008  # share of a timeline that one letter of a label takes
 def save(figure: Any, path: str | Path) -> None:
     """Write a figure; the file's ending says the format."""
     path = Path(path)
-    ending = path.suffix.lstrip(".").lower() or "png"
-    known = figure.canvas.get_supported_filetypes()
-    if ending not in known:
-        raise ConfigError(f"a figure's name must end in one of {sorted(known)}, got {path.name}")
+    ending = ending_of(path)
     buffer = io.BytesIO()
     figure.savefig(buffer, format=ending, dpi=120, bbox_inches="tight")
     write_atomically(path, buffer.getvalue())
+
+
+def ending_of(path: Path) -> str:
+    """The format that a file's name asks for; raises ConfigError for one that cannot be drawn."""
+    ending = path.suffix.lstrip(".").lower() or "png"
+    known = Figure().canvas.get_supported_filetypes()
+    if ending not in known:
+        raise ConfigError(
+            f"a figure's name must end in one of {', '.join(sorted(known))}, got {path.name!r}"
+        )
+    return ending
 
 
 def draw_layer(spans: Sequence[Span], layer: int, step: int = 0, title: str = "") -> Any:
@@ -110,42 +119,38 @@ def draw_hit_rates(
     return figure
 
 
-def draw_lanes(results: Sequence[Result]) -> Any:
-    """Busy milliseconds of each lane per token beside the time a token takes, per preset.
+def draw_lanes(results: Sequence[Result], title: str = "") -> Any:
+    """How long a token takes under each preset, and below it how long each lane was busy meanwhile.
 
-    The lanes work side by side, so a stack is longer than the token: what is beyond the mark was
-    hidden behind other work.
+    The lanes work side by side: the longest of them bounds the token, and the others hide behind it.
+    title: what was replayed, such as the model and the trace; the machine is added.
     """
     decode = results[0].decode_s_per_token is not None
     ordered = sorted(results, key=_seconds, reverse=True)
-    figure = Figure(figsize=(8, 1.2 + 0.42 * len(ordered)))
+    figure = Figure(figsize=(8, 1.5 + 0.62 * len(ordered)))
     axes = figure.add_subplot()
     rows = np.arange(len(ordered))
-    left = np.zeros(len(ordered))
-    for lane in ("GPU", "CPU", "LINK", "POLICY") if decode else ():
-        busy = 1e3 * np.array([result.lanes[lane] for result in ordered])
-        axes.barh(
-            *(rows, busy, 0.55, left),
-            color=COLOURS[lane],
-            hatch=HATCHES[lane],
-            edgecolor="black",
-            linewidth=0.5,
-            label=f"{NAMES[lane]} busy",
-        )
-        left += busy
     total = 1e3 * np.array([_seconds(result) for result in ordered])
     what = "time per token" if decode else "time to first token"
-    axes.plot(total, rows, "D", color="black", markersize=6, label=what)
+    axes.barh(rows + 0.22, total, 0.34, color="#4d4d4d", label=what)
     for row, value in enumerate(total.tolist()):
-        widest = max(value, left[row])
-        axes.text(widest + 0.01 * max(left.max(), total.max()), row, f"{value:.2f}", va="center")
-    axes.set_xlim(0, 1.12 * max(left.max(), total.max()))
+        axes.text(value + 0.01 * total.max(), row + 0.22, f"{value:.2f}", va="center", fontsize=9)
+    for i, lane in enumerate(LANES if decode else ()):
+        busy = 1e3 * np.array([result.lanes[lane] for result in ordered])
+        style: dict[str, Any] = {
+            "color": COLOURS[lane],
+            "hatch": HATCHES[lane],
+            "label": f"{NAMES[lane]} busy",
+        }
+        axes.barh(rows - 0.03 - 0.115 * i, busy, 0.1, edgecolor="black", linewidth=0.4, **style)
+    axes.set_xlim(0, 1.12 * total.max())
+    axes.set_ylim(-0.6, len(ordered) - 0.45)
     axes.set_yticks(rows, [result.preset for result in ordered])
     axes.set_xlabel("milliseconds per token" if decode else "milliseconds")
-    axes.set_title(f"{results[0].profile}, {results[0].slots} experts resident", loc="left")
-    axes.legend(
-        fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.55 / len(ordered) - 0.08), ncols=5
-    )
+    machine = f"{results[0].profile}, {results[0].slots} experts on the GPU"
+    axes.set_title(f"{title}\n{machine}".lstrip("\n"), fontsize=10, loc="left")
+    figure.legend(fontsize=8, loc="outside lower center", ncols=5, frameon=False)
+    figure.set_layout_engine("constrained")
     _plain(axes)
     return figure
 

@@ -1,4 +1,8 @@
-"""From a name to a wrapped model, and a wrapped model to files that load without packing."""
+"""From a name to a plan or a wrapped model, and a wrapped model to files that load without packing.
+
+Names are looked for before torch, transformers and most of this package are imported: that takes
+seconds, and would be in vain for a name of nothing.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +10,53 @@ import dataclasses
 import os
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from hybrimoe.api import Runtime, complete
-from hybrimoe.config import Config
 from hybrimoe.errors import ConfigError, WrappedModelError
-from hybrimoe.keeping import Keep, load_kept
-from hybrimoe.runtime.loading.companions import origin_of
-from hybrimoe.runtime.loading.packed_files import Parts, save
-from hybrimoe.runtime.storage.tiers import WeightsOf
-from hybrimoe.runtime.tuners import own_modules
+from hybrimoe.runtime.loading.hub import PLACE, look_for, named_file
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from hybrimoe.api import Runtime
+    from hybrimoe.config import Config
+    from hybrimoe.keeping import Keep
+    from hybrimoe.memory_plan import MemoryPlan
+    from hybrimoe.runtime.storage.tiers import WeightsOf
+
+
+def plan(
+    model: str | Path | nn.Module,
+    vram: int | float | str | None = None,
+    ram: int | float | str | None = None,
+    weights: str | None = None,
+    context: int = 4096,
+    revision: str | None = None,
+    gguf_file: str | None = None,
+) -> MemoryPlan:
+    """What a model takes on this machine, from config.json and the headers of its files only.
+
+    model: a folder (`save_packed` may have written it) or a name on the hub, planned for
+    `from_pretrained`; or a loaded model, planned for `wrap`.
+    vram: for expert slots, as in `Config`; None takes what a GPU has left, if there is one.
+    ram: host memory that the whole model may take, not only its experts as in `Config`: bytes,
+    "16GiB" or a fraction of what can be had; None is all. Where no format fits into it, `call`
+    has the `Config.ram` that does, with the other experts on disk.
+    weights: "native", "int8" or "int4"; None takes the most precise one that fits.
+    context: tokens of prompt and answer together, of one sequence.
+    gguf_file: the GGUF file to load, on disk or in the cache; `model` may also be its path. Its
+    types say how experts are kept, so `weights` must be None.
+    Raises CheckpointNotFoundError, CheckpointError or UnsupportedModelError. A model that does not
+    fit is no error until `ensure_fits`.
+    """
+    if gguf_file is None and isinstance(model, str | os.PathLike):
+        name, gguf_file = named_file(model, None)
+        if gguf_file is None:
+            look_for(name, {"revision": revision})
+        model = name
+    from hybrimoe import memory_plan
+
+    return memory_plan.plan(model, vram, ram, weights, context, revision, gguf_file)
 
 
 def from_pretrained(
@@ -37,16 +76,22 @@ def from_pretrained(
     CheckpointNotFoundError for files that are damaged or missing, ConfigError or
     UnsupportedModelError for what cannot be loaded this way.
     """
+    if isinstance(name_or_path, str | os.PathLike):
+        place = {key: hf_kwargs[key] for key in PLACE if key in hf_kwargs}
+        look_for(os.fspath(name_or_path), place, hf_kwargs.get("gguf_file") or "config.json")
+    from hybrimoe.config import Config
+
     if config is not None and not isinstance(config, Config):
         raise ConfigError(f"config must be a hybrimoe.Config, got {config!r}")
     fields = {field.name for field in dataclasses.fields(Config)}
     ours = {name: hf_kwargs.pop(name) for name in fields & hf_kwargs.keys()}
-    # Half of transformers comes with it, too much for `import hybrimoe`.
     from hybrimoe.runtime.loading.opening import load
 
     config = (config or Config()).replace(**ours)
     if keep_packed is False:
         return load(name_or_path, config, ours.keys(), hf_kwargs)
+    from hybrimoe.keeping import load_kept
+
     return load_kept(
         name_or_path, config, ours.keys(), hf_kwargs, keep_packed, load=load, save=save_packed
     )
@@ -66,6 +111,10 @@ def save_packed(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         raise WrappedModelError(
             "save_packed needs a wrapped model; call hybrimoe.wrap(model) first"
         )
+    from hybrimoe.runtime.loading.companions import origin_of
+    from hybrimoe.runtime.loading.packed_files import Parts, save
+    from hybrimoe.runtime.tuners import own_modules
+
     if any(True for _ in own_modules(model)):
         raise WrappedModelError(
             "save_packed writes no adapters; save them by save_pretrained, and the model itself after "
@@ -94,10 +143,14 @@ def make_known() -> None:
 
 
 def _start(config: Config, model: nn.Module, weights_of: WeightsOf | None) -> Runtime:
+    from hybrimoe.api import Runtime
+
     return Runtime(config, model, weights_of)
 
 
 def _finish(runtime: Runtime, model: nn.Module) -> None:
+    from hybrimoe.api import complete
+
     for layer in runtime.layers:
         layer.install()
     try:

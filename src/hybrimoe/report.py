@@ -200,8 +200,8 @@ def _lanes(counts: dict[str, Any]) -> Iterator[Row]:
     share, waited = last[slowest] / max(sum(last.values()), 1), counts["wait_s"] / whole
     yield (
         "idle",
-        f"the {NAMES[slowest]} ended last in {share:.0%} of the steps: the others waited for it, "
-        f"the CPU for {waited:.0%} of the time",
+        f"bottleneck: {NAMES[slowest]} in {share:.0%} of the layer steps; the CPU waited for "
+        f"{waited:.0%} of the time",
     )
     if counts["bound_share"] is not None:
         share = counts["bound_share"]

@@ -6,22 +6,20 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from tqdm import tqdm
-
+from hybrimoe.choices import PRESETS, PROFILES
+from hybrimoe.command_values import ensure_picture, ensure_readable, ensure_writable, positive
 from hybrimoe.errors import ConfigError, ProfileError
-from hybrimoe.named_models import add_name, source_of, tokenizer_of
-from hybrimoe.policy.cost import CostModel
-from hybrimoe.policy.presets import PRESETS
-from hybrimoe.policy.profiles import PROFILES, Profile
-from hybrimoe.policy.recording import merge
-from hybrimoe.policy.routing import RoutingTrace, sequences
-from hybrimoe.policy.simulator import Result, simulate
+from hybrimoe.named_models import Source, add_name, load_plain, source_of, tokenizer_of
 from hybrimoe.policy.sizes import expert_budget
-from hybrimoe.policy.sources import read_trace
-from hybrimoe.policy.statistics import Statistics, statistics
+
+if TYPE_CHECKING:
+    from hybrimoe.policy.cost import CostModel
+    from hybrimoe.policy.profiles import Profile
+    from hybrimoe.policy.routing import RoutingTrace
+    from hybrimoe.policy.simulator import Result
+    from hybrimoe.policy.statistics import Statistics
 
 STEPS = 2000
 """Steps replayed unless told otherwise: seconds per preset, and hit rates within a point."""
@@ -31,7 +29,7 @@ FEWER_STEPS = 4000  # decode steps that statistics look at
 def add_trace(commands: Any) -> None:
     """The arguments of `hybrimoe trace`."""
     parser = commands.add_parser("trace", help="record what a model's routers ask for")
-    add_name(parser, "MODEL", "a transformers MoE checkpoint, or a .gguf file")
+    add_name(parser, "MODEL", "a folder, a name on the hub, or a .gguf file")
     parser.add_argument(
         "--prompts",
         type=Path,
@@ -40,9 +38,9 @@ def add_trace(commands: Any) -> None:
         help="one prompt per line, or .json: a list of texts or an object of them",
     )
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="T.npz")
-    parser.add_argument("--tokens", type=_positive, default=64, help="to generate per prompt")
+    parser.add_argument("--tokens", type=positive, default=64, help="to generate per prompt")
     parser.add_argument(
-        "--prompt-tokens", type=_positive, default=512, help="cut longer prompts to this length"
+        "--prompt-tokens", type=positive, default=512, help="cut longer prompts to this length"
     )
     parser.add_argument("--append", action="store_true", help="add to the traces already in T.npz")
     parser.add_argument("--heatmap", type=Path, metavar="PNG", help="draw how often experts ran")
@@ -82,8 +80,15 @@ def add_simulate(commands: Any) -> None:
 
 def run_trace(options: argparse.Namespace) -> dict[str, Any]:
     """Generate from every prompt, write the trace, and say what it is like."""
+    ensure_writable(options.output, "--output")
+    ensure_picture(options.heatmap, "--heatmap")
+    prompts = read_prompts(options.prompts)
+    from hybrimoe.policy.recording import merge
+    from hybrimoe.policy.sources import read_trace
+    from hybrimoe.policy.statistics import statistics
+
     before = read_trace(options.output) if options.append and options.output.exists() else None
-    trace = _record(options, read_prompts(options.prompts))
+    trace = _record(options, prompts)
     if before is not None:
         trace = merge([before, trace])
     trace.save(options.output)
@@ -99,6 +104,13 @@ def run_trace(options: argparse.Namespace) -> dict[str, Any]:
 
 def run_simulate(options: argparse.Namespace) -> dict[str, Any]:
     """Replay the trace under each preset and compare."""
+    ensure_readable(options.trace, "T.npz")
+    ensure_picture(options.plot, "--plot")
+    from tqdm import tqdm
+
+    from hybrimoe.policy.simulator import simulate
+    from hybrimoe.policy.sources import read_trace
+
     whole = read_trace(options.trace)
     trace = whole if options.steps is None else shorten(whole, options.steps)
     profile = options.profile
@@ -115,7 +127,8 @@ def run_simulate(options: argparse.Namespace) -> dict[str, Any]:
     if options.plot:
         from hybrimoe import plots
 
-        plots.save(plots.draw_lanes(results), options.plot)
+        title = f"{trace.model or 'unnamed model'}, {options.trace.name}: {trace.steps} steps"
+        plots.save(plots.draw_lanes(results, title), options.plot)
     return {
         "trace": str(options.trace),
         "model": trace.model,
@@ -131,6 +144,7 @@ def run_simulate(options: argparse.Namespace) -> dict[str, Any]:
 
 def read_prompts(path: Path) -> list[str]:
     """Texts from a .json list or object, or one per line; empty ones are left out."""
+    ensure_readable(path, "--prompts")
     try:
         text = path.read_text(encoding="utf-8")
         found = json.loads(text) if path.suffix == ".json" else text.splitlines()
@@ -148,6 +162,9 @@ def read_prompts(path: Path) -> list[str]:
 
 def read_profile(path: Path) -> Profile | CostModel:
     """A profile, or the cost model that `hybrimoe calibrate` wrote, from JSON."""
+    from hybrimoe.policy.cost import CostModel
+    from hybrimoe.policy.profiles import Profile
+
     try:
         numbers = json.loads(path.read_text())
     except ValueError as error:
@@ -161,6 +178,10 @@ def read_profile(path: Path) -> Profile | CostModel:
 
 def shorten(trace: RoutingTrace, steps: int) -> RoutingTrace:
     """About `steps` steps in whole sequences from all over the trace; a long last one is cut."""
+    import numpy as np
+
+    from hybrimoe.policy.routing import sequences
+
     if trace.steps <= steps:
         return trace
     every = list(sequences(trace))
@@ -225,26 +246,24 @@ def _head(
     )
 
 
-def _load(options: argparse.Namespace) -> tuple[Any, Any]:
+def _load(source: Source) -> tuple[Any, Any]:
     """Model and tokenizer; experts of a GGUF file come packed, which changes no routing."""
     import hybrimoe
-    from hybrimoe.commands import load_model
 
-    source = source_of(options)
-    if source.gguf_file is None:
-        return load_model(Path(source.name), "MODEL")
-    source.check()
     tokenizer = tokenizer_of(source)
+    if source.gguf_file is None:
+        return load_plain(source), tokenizer
     model = hybrimoe.from_pretrained(source.name, device="cpu", **source.arguments)
     return model.eval(), tokenizer
 
 
 def _record(options: argparse.Namespace, prompts: list[str]) -> RoutingTrace:
     import torch
+    from tqdm import tqdm
 
     import hybrimoe
 
-    model, tokenizer = _load(options)
+    model, tokenizer = _load(source_of(options).reached())
     torch.manual_seed(0)
     with hybrimoe.record(model) as trace, torch.no_grad():
         for prompt in tqdm(prompts, "prompts", disable=None, leave=False):
@@ -257,6 +276,8 @@ def _record(options: argparse.Namespace, prompts: list[str]) -> RoutingTrace:
 
 
 def _facts(trace: RoutingTrace, found: Statistics) -> dict[str, Any]:
+    import numpy as np
+
     prefill = [trace.tokens(int(s)) for s in np.flatnonzero(trace.prefill)]
     return {
         "model": trace.model,
@@ -295,15 +316,8 @@ def _describe(trace: RoutingTrace, found: Statistics, path: Path) -> str:
     )
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
 def _steps(text: str) -> int | None:
-    return None if text == "all" else _positive(text)
+    return None if text == "all" else positive(text)
 
 
 def _budget(text: str) -> str:

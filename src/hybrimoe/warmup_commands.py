@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybrimoe.config import DEVICES, LINEAR, WEIGHTS
+from hybrimoe.choices import DEVICES, LINEAR, WEIGHTS
 from hybrimoe.errors import ConfigError
 from hybrimoe.named_models import Source, add_name, source_of
 
@@ -71,7 +71,7 @@ def _to_make(options: argparse.Namespace) -> list[tuple[str, str, bool]]:
 def _of_folder(name: str, weights: str | None) -> list[tuple[str, str, bool]]:
     from hybrimoe.runtime.formats import NATIVE
     from hybrimoe.runtime.loading.footprint import footprint_to_load
-    from hybrimoe.runtime.loading.packed_files import read_manifest
+    from hybrimoe.runtime.loading.packed_manifest import read_manifest
     from hybrimoe.runtime.loading.skeleton import build_skeleton, read_config, weight_dtype
 
     manifest = read_manifest(Path(name))

@@ -13,8 +13,8 @@ from hybrimoe.runtime.loading.arrivals import STAGING_BYTES
 from hybrimoe.runtime.loading.gguf_check import BLOCKS, GgufHeader, GgufTensor
 from hybrimoe.runtime.loading.gguf_experts import PLAIN
 from hybrimoe.runtime.loading.gguf_layout import Layout, Matrices
+from hybrimoe.runtime.loading.hub import first_line
 from hybrimoe.runtime.loading.reading import read_at
-from hybrimoe.runtime.loading.skeleton import first_line
 
 SMALL = 1 << 22
 """Numbers of a dense tensor that may be in memory twice."""

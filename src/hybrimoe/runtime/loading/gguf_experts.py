@@ -58,15 +58,6 @@ def prescribed(layers: dict[int, Matrices]) -> Callable[[str], str | None]:
     return lambda name: weights.get(block_of(name))
 
 
-def named_file(name: str | os.PathLike[str], gguf_file: str | None) -> tuple[str, str | None]:
-    """Folder or repository, and GGUF file in it, if any; a path that ends in .gguf means both."""
-    text = os.fspath(name)
-    if gguf_file is None and text.endswith(".gguf") and not os.path.isdir(text):
-        folder, gguf_file = os.path.split(text)
-        return folder or ".", gguf_file
-    return text, gguf_file
-
-
 def refuse_format(weights: str) -> NoReturn:
     """Raise ConfigError: a file brings its own format."""
     raise ConfigError(

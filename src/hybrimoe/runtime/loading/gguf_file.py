@@ -36,7 +36,8 @@ from hybrimoe.runtime.loading.gguf_dense import LazyTensor, check_types, dense_t
 from hybrimoe.runtime.loading.gguf_layout import Layout, Matrices, layout_of
 from hybrimoe.runtime.loading.gguf_metadata import check_metadata, fields_of
 from hybrimoe.runtime.loading.gguf_parts import part_names, read_gguf
-from hybrimoe.runtime.loading.skeleton import build_skeleton, first_line
+from hybrimoe.runtime.loading.hub import CLIENT_ERRORS, first_line, reach
+from hybrimoe.runtime.loading.skeleton import build_skeleton
 
 FAMILIES = {"qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe"}
 """Architectures that transformers maps, changing no number on the way: their `model_type`."""
@@ -164,14 +165,13 @@ def find_file(
     if folder.is_dir():
         folder = folder / (hf_kwargs.get("subfolder") or "")
         return folder / gguf_file, folder
-    if folder.exists() or str(name).startswith((".", "/", "~")):
-        raise CheckpointNotFoundError(f"{name} is no folder with a checkpoint")
-    place = {key: hf_kwargs[key] for key in HUB if key in hf_kwargs}
+    asked = {key: hf_kwargs[key] for key in HUB if key in hf_kwargs}
+    place = reach(os.fspath(name), asked, gguf_file)
     try:
         path, *_ = [Path(cached_file(str(name), part, **place)) for part in part_names(gguf_file)]
         # Beside it, so that it is found there; many repositories of GGUF files have none.
         cached_file(str(name), "config.json", _raise_exceptions_for_missing_entries=False, **place)
-    except (OSError, ValueError) as error:
+    except CLIENT_ERRORS as error:
         raise CheckpointNotFoundError(f"{name}: {first_line(error)}") from error
     return path, path.parent
 

@@ -22,13 +22,14 @@ from hybrimoe.runtime.loading.checkpoints import (
     read_index,
 )
 from hybrimoe.runtime.loading.companions import origin_of
+from hybrimoe.runtime.loading.hub import CLIENT_ERRORS, PLACE, cached_folder, first_line, reach
 from hybrimoe.runtime.loading.load_memory import ensure_fits
 from hybrimoe.runtime.loading.missing import refuse_missing
 from hybrimoe.runtime.loading.packed_folder import PackedFolder, is_packed
 from hybrimoe.runtime.loading.packed_manifest import read_manifest
 from hybrimoe.runtime.loading.packed_source import check_dtype, open_packed
 from hybrimoe.runtime.loading.quantizer import bytes_bar, check_device_map, is_automatic
-from hybrimoe.runtime.loading.skeleton import build_skeleton, first_line, read_config, weight_dtype
+from hybrimoe.runtime.loading.skeleton import build_skeleton, read_config, weight_dtype
 from hybrimoe.runtime.quantized import refuse_declared
 
 REFUSED = {
@@ -43,16 +44,6 @@ REFUSED = {
     "offload_folder": "spill= names the folder of experts beyond ram=",
 }
 """Arguments of transformers' from_pretrained that mean something else here, and what to do."""
-HUB = (
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "token",
-    "revision",
-    "subfolder",
-    "proxies",
-)
-"""Arguments that say where files come from."""
 
 
 def load(
@@ -92,13 +83,11 @@ def load(
                     raise
                 manifest = newer
         examine_folder(folder, hf_kwargs.get("variant"))
-    elif folder.exists() or str(name).startswith((".", "/", "~")):
-        raise CheckpointNotFoundError(f"{name} is no folder with a checkpoint")
     else:
-        examine_remote(str(name), hf_kwargs)
-        fetched = fetch_packed(str(name), hf_kwargs)
+        hf_kwargs = examine_remote(os.fspath(name), hf_kwargs)
+        fetched = fetch_packed(os.fspath(name), hf_kwargs)
         if fetched is not None:
-            kwargs = {key: value for key, value in hf_kwargs.items() if key not in HUB}
+            kwargs = {key: value for key, value in hf_kwargs.items() if key not in PLACE}
             return load(fetched, config, given, kwargs)
     hf_kwargs = {**hf_kwargs, "use_safetensors": True}
     model_class, _ = class_of(name, hf_kwargs)
@@ -137,15 +126,25 @@ def load_packed(
     return model_class.from_pretrained(packed.folder, **given_config, **hf_kwargs)
 
 
-def examine_remote(name: str, hf_kwargs: dict[str, Any]) -> None:
-    """Check the index of a repository, before the files that it names are fetched."""
-    place = {key: hf_kwargs[key] for key in HUB if key in hf_kwargs}
+def examine_remote(name: str, hf_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Check that a repository can be had, and its index, before the files that it names are fetched.
+
+    Returns `hf_kwargs`, with `local_files_only` where only the cache can give it.
+    """
+    place = reach(name, {key: hf_kwargs[key] for key in PLACE if key in hf_kwargs})
+    folder = cached_folder(name, place)
+    if place.get("local_files_only") and folder is not None:
+        examine_folder(folder, hf_kwargs.get("variant"))
+        # The automatic classes look for adapters of PEFT by arguments of their own.
+        adapters = {"local_files_only": True, **(hf_kwargs.get("adapter_kwargs") or {})}
+        return hf_kwargs | place | {"adapter_kwargs": adapters}
     try:
         index = cached_file(name, INDEX, _raise_exceptions_for_missing_entries=False, **place)
-    except (OSError, ValueError) as error:
+    except CLIENT_ERRORS as error:
         raise CheckpointNotFoundError(f"{name}: {first_line(error)}") from error
     if index is not None:
         read_index(Path(index), Path(index).parent)
+    return hf_kwargs
 
 
 def revision_of(name: str, file: str, place: dict[str, Any]) -> str | None:
@@ -157,7 +156,7 @@ def revision_of(name: str, file: str, place: dict[str, Any]) -> str | None:
 
 def fetch_packed(name: str, hf_kwargs: dict[str, Any]) -> Path | None:
     """The snapshot of a repository that holds a packed folder, fetched if need be; else None."""
-    place = {key: hf_kwargs[key] for key in HUB if key in hf_kwargs}
+    place = {key: hf_kwargs[key] for key in PLACE if key in hf_kwargs}
     config = hf_kwargs.get("config") or read_config(
         name, **place, trust_remote_code=hf_kwargs.get("trust_remote_code")
     )
@@ -166,7 +165,7 @@ def fetch_packed(name: str, hf_kwargs: dict[str, Any]) -> Path | None:
     where = {key: value for key, value in place.items() if key not in ("subfolder", "proxies")}
     try:
         return Path(snapshot_download(name, **where)) / (place.get("subfolder") or "")
-    except (OSError, ValueError) as error:
+    except CLIENT_ERRORS as error:
         raise CheckpointNotFoundError(f"{name}: {first_line(error)}") from error
 
 
@@ -187,7 +186,7 @@ def ensure_remote_fits(name: str, config: Config, hf_kwargs: dict[str, Any]) -> 
 def class_of(name: str | os.PathLike[str], hf_kwargs: dict[str, Any]) -> tuple[Any, Any]:
     """The class that loads a checkpoint (for text if there is one, else the one that config.json
     names), and the configuration."""
-    place = {key: hf_kwargs[key] for key in (*HUB, "trust_remote_code") if key in hf_kwargs}
+    place = {key: hf_kwargs[key] for key in (*PLACE, "trust_remote_code") if key in hf_kwargs}
     config = read_config(name, **place)
     if is_packed(getattr(config, "quantization_config", None)):
         PackedFolder({}).find(os.fspath(name))

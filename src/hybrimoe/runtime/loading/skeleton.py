@@ -10,6 +10,7 @@ from torch import nn
 
 from hybrimoe.errors import CheckpointNotFoundError, UnsupportedModelError
 from hybrimoe.runtime.adapters import find_experts
+from hybrimoe.runtime.loading.hub import HTTP_ERRORS, first_line
 
 DTYPES = {
     "BF16": torch.bfloat16,
@@ -32,7 +33,7 @@ def read_config(name: str | os.PathLike[str], **place: Any) -> Any:
 
     try:
         return AutoConfig.from_pretrained(name, **place)
-    except OSError as error:
+    except HTTP_ERRORS as error:
         raise CheckpointNotFoundError(
             f"no config.json of {os.fspath(name)!r} can be read: {first_line(error)}"
         ) from error
@@ -97,9 +98,3 @@ def packs_on_arrival(model: Any) -> bool:
         if merged.intersection(makes) and kinds and kinds not in PLAIN:
             return False
     return True
-
-
-def first_line(error: BaseException) -> str:
-    """The message of somebody else's error, short enough for one line."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300]

@@ -1,0 +1,153 @@
+"""The command line itself: what it loads, and what it checks before it works."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import hybrimoe
+from hybrimoe import choices
+from hybrimoe.cli import main
+from hybrimoe.policy import presets, profiles
+from paths import TINY_MOE
+
+TRACE = TINY_MOE.parent / "traces" / "gptoss20b_cut.npz"
+LOADED = """
+import sys
+from hybrimoe.cli import main
+code = None
+try:
+    code = main(sys.argv[1:])
+except SystemExit as ended:
+    code = ended.code
+print(code, sorted({"torch", "transformers", "numba"} & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        ([], 2),
+        (["--help"], 0),
+        (["--version"], 0),
+        (["simulate", "--help"], 0),
+        (["plan"], 2),
+        (["generate", "x", "--prompt", "y", "--vram", "lots"], 2),
+        (["plan", "./nowhere"], 2),
+        (["simulate", "none.npz", "--presets", "fastest"], 2),
+        (["simulate", "none.npz"], 1),
+        (["simulate", str(TRACE), "--plot", "no/folder/x.png"], 1),
+        (["calibrate", "-o", "no/folder/x.json"], 1),
+    ],
+)
+def test_help_and_wrong_usage_load_nothing_heavy(arguments, code):
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED, *arguments], capture_output=True, text=True, check=True
+    )
+
+    assert done.stdout.splitlines()[-1] == f"{code} []"
+
+
+def test_without_a_command_it_helps(capsys):
+    assert main([]) == 2
+    assert "COMMAND" in capsys.readouterr().err
+
+
+def test_the_version_is_the_packages(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"hybrimoe {hybrimoe.__version__}\n"
+
+
+def test_names_to_choose_from_are_those_of_what_they_name():
+    assert tuple(presets.PRESETS) == choices.PRESETS
+    assert tuple(profiles.PROFILES) == choices.PROFILES
+    assert tuple(profiles.SHAPES) == choices.SHAPES
+
+
+@pytest.fixture
+def idle(monkeypatch):
+    """No command gets to its work."""
+
+    def never(*_, **__):
+        pytest.fail("the work must not start")
+
+    for name in ("policy.simulator.simulate", "policy.sources.read_trace", "record", "calibrate"):
+        monkeypatch.setattr(f"hybrimoe.{name}", never)
+
+
+def commands(path) -> list[list[str]]:
+    """Every command that writes a file, asked to write it there."""
+    prompts = path.parents[-2] / "p.txt"
+    trace = ["trace", str(TINY_MOE), "--prompts", str(prompts)]
+    return [
+        ["simulate", str(TRACE), "--plot", str(path)],
+        [*trace, "-o", str(path)],
+        [*trace, "-o", "x.npz", "--heatmap", str(path)],
+        ["calibrate", "-o", str(path)],
+    ]
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_where_nothing_can_be_written_is_said_first(number, idle, capsys, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "here.png").mkdir()
+    for path, said in (
+        (tmp_path / "no" / "x.png", "must lie in a folder that exists"),
+        (tmp_path / "here.png", "is a folder"),
+    ):
+        assert main(commands(path)[number]) == 1
+        assert said in capsys.readouterr().err
+    monkeypatch.setattr("os.access", lambda *_: False)
+    assert main(commands(tmp_path / "x.png")[number]) == 1
+    assert "that you may write to" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_a_figure_that_cannot_be_drawn_is_said_first(number, idle, capsys, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    assert main(commands(tmp_path / "x.docx")[number]) == 1
+    assert "must end in one of" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.delitem(sys.modules, "hybrimoe.plots", raising=False)
+    monkeypatch.delattr(hybrimoe, "plots", raising=False)
+    assert main(commands(tmp_path / "x.png")[number]) == 1
+    assert "pip install 'hybrimoe[plot]'" in capsys.readouterr().err
+
+
+def test_files_that_are_missing_are_named(capsys, tmp_path):
+    assert main(["simulate", str(tmp_path / "t.npz")]) == 1
+    assert f"no file '{tmp_path / 't.npz'}'" in capsys.readouterr().err
+    out = str(tmp_path / "t.npz")
+    assert main(["trace", str(TINY_MOE), "--prompts", "no.txt", "-o", out]) == 1
+    assert "--prompts must be a file that exists, no file 'no.txt'" in capsys.readouterr().err
+
+
+def test_the_demo_says_what_was_saved_gained_and_changed(capsys, monkeypatch):
+    monkeypatch.setattr("hybrimoe.commands.TIMED_TOKENS", 4)
+    monkeypatch.setattr("hybrimoe.commands.ROUNDS", 1)
+    assert main(["demo", "--tokens", "4", "--json"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out.splitlines()[-1])
+
+    assert err.count("\n") <= 1  # that kernels are compiled
+    for said in (
+        "  memory   the experts take 7.9 MiB as int4",
+        "  speed ",
+        "  right    yes: all 12",
+    ):
+        assert said in out
+    for jargon in ("NMSE", "ended last", "cosine", "uploads"):
+        assert jargon not in out[: out.index("{")]
+    assert found["right"] is True
+    assert found["before_tokens_s"] > 0
+    assert found["after_tokens_s"] > 0
+    assert found["shared"]["hybrid"]["slots"] == 96
+
+
+def test_a_demo_without_its_model_says_where_that_is(capsys, tmp_path, monkeypatch):
+    assert main(["demo", "--model", str(tmp_path)]) == 1
+    assert f"got '{tmp_path}'" in capsys.readouterr().err
