@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import hybrimoe
-from hybrimoe import ConfigError, api
+from hybrimoe import ConfigError, UnsupportedModelError, api
 from hybrimoe.errors import (
     DeviceLostError,
     DiskReadError,
@@ -240,6 +240,22 @@ def test_a_vram_without_room_is_refused_before_any_weight_is_rounded(model, stat
         warnings.simplefilter("error")
         with pytest.raises(ConfigError, match="vram must hold at least one expert"):
             hybrimoe.wrap(model, device="emulated", vram=1000, weights=weights)
+    state.assert_back()
+
+
+@pytest.mark.parametrize("shares", ["module", "parameter"])
+def test_layers_that_share_their_experts_are_refused_before_anything_is_touched(shares):
+    model = pruned((Layer(4, 2, 32),) * 2)
+    first, second = (layer.mlp for layer in model.model.layers)
+    if shares == "module":
+        second.experts = first.experts
+    else:
+        second.experts.down_proj = first.experts.down_proj
+    state = State(model)
+    with pytest.raises(
+        UnsupportedModelError, match=r"layers.0.mlp.experts and .*share their weights"
+    ):
+        hybrimoe.wrap(model)
     state.assert_back()
 
 

@@ -7,8 +7,11 @@ from torch import nn
 
 from hybrimoe.config import Config
 from hybrimoe.errors import ConfigError, InsufficientMemoryError
+from hybrimoe.runtime.adapters import FoundExperts
 from hybrimoe.runtime.devices.cuda import TorchAccelerator
 from hybrimoe.runtime.devices.device import Accelerator, EmulatedAccelerator
+from hybrimoe.runtime.devices.memory import Experts, Reserve, slot_count
+from hybrimoe.runtime.storage.tiers import shape_of
 
 
 def check_device(config: Config) -> None:
@@ -21,6 +24,15 @@ def check_device(config: Config) -> None:
             f"linear={config.linear!r} packs dense layers for the CPU, but here they run on the "
             "GPU; leave it out, or choose device='cpu'"
         )
+
+
+def check_room(found: list[FoundExperts], config: Config) -> None:
+    """Raise ConfigError for a `vram` that does not hold one expert per layer."""
+    if config.vram is None or not has_accelerator(config):
+        return
+    shapes = [shape_of(experts, config.weights) for experts in found]
+    number, largest = sum(n for n, _ in shapes), max(size for _, size in shapes)
+    slot_count(config.vram, Experts(number, len(shapes), largest), None, Reserve(0, 0))
 
 
 def has_accelerator(config: Config) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hybrimoe.accelerators import check_device, has_accelerator, move_dense, open_accelerator
+from hybrimoe.accelerators import check_device, check_room, move_dense, open_accelerator
 from hybrimoe.config import Config
 from hybrimoe.errors import (
     ConfigError,
@@ -32,7 +32,7 @@ from hybrimoe.runtime.adapters import FoundExperts, find_experts, top_k_of
 from hybrimoe.runtime.attempts import Attempts
 from hybrimoe.runtime.counts import Counts
 from hybrimoe.runtime.devices.device import Accelerator
-from hybrimoe.runtime.devices.memory import Experts, Reserve, kv_bytes, slot_count
+from hybrimoe.runtime.devices.memory import kv_bytes
 from hybrimoe.runtime.experts import PooledExperts
 from hybrimoe.runtime.foresight import Foresight
 from hybrimoe.runtime.frozen import FrozenNotice
@@ -50,7 +50,7 @@ from hybrimoe.runtime.releases import warn_if_untested
 from hybrimoe.runtime.rms_norms import FusedNorm, find_norms
 from hybrimoe.runtime.routers import seats_of
 from hybrimoe.runtime.shared_experts import EarlyExperts
-from hybrimoe.runtime.storage.tiers import WeightsOf, open_tier, shape_of
+from hybrimoe.runtime.storage.tiers import WeightsOf, open_tier
 from hybrimoe.runtime.tuners import home_of
 from hybrimoe.runtime.warming import needs_of, warm
 from hybrimoe.verification import Verification, verify_layers
@@ -406,7 +406,14 @@ def _already_wrapped(model: Model, config: Config) -> Model:
 
 def _check(model: nn.Module, found: list[FoundExperts], config: Config) -> None:
     """Everything that can be known to fail, before anything is touched."""
+    owners: dict[int, str] = {}
     for experts in found:
+        for parameter in experts.module.parameters():
+            owner = owners.setdefault(id(parameter), experts.name)
+            if owner != experts.name:
+                raise UnsupportedModelError(
+                    f"{owner} and {experts.name} share their weights; wrap needs one copy per layer"
+                )
         dtypes = {name: p.dtype for name, p in experts.module.named_parameters(recurse=False)}
         if len(set(dtypes.values())) > 1:
             raise FormatError(f"parameters of {experts.name} must share one dtype, got {dtypes}")
@@ -420,16 +427,7 @@ def _check(model: nn.Module, found: list[FoundExperts], config: Config) -> None:
         biases = [b for b in (described.up_bias, described.down_bias) if b is not None]
         folded = check_adapters(model, experts, fmt)
         formats.check_range(experts.name, fmt, [described.up, described.down, *biases, *folded])
-    _check_room(found, config)
-
-
-def _check_room(found: list[FoundExperts], config: Config) -> None:
-    """Raise ConfigError for a `vram` that does not hold one expert per layer."""
-    if config.vram is None or not has_accelerator(config):
-        return
-    shapes = [shape_of(experts, config.weights) for experts in found]
-    number, largest = sum(n for n, _ in shapes), max(size for _, size in shapes)
-    slot_count(config.vram, Experts(number, len(shapes), largest), None, Reserve(0, 0))
+    check_room(found, config)
 
 
 def _roll_back(runtime: Runtime, model: nn.Module, error: BaseException) -> None:
