@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from hybrimoe.config import Config
+from hybrimoe.dense_part import bring_back_dense, check_device, move_dense, open_accelerator
 from hybrimoe.errors import (
     ConfigError,
-    DeviceLostError,
     FormatError,
-    InsufficientMemoryError,
     UnsupportedModelError,
     WrappedModelError,
 )
@@ -28,8 +27,7 @@ from hybrimoe.policy.timeline import perfetto
 from hybrimoe.report import Report
 from hybrimoe.runtime import formats
 from hybrimoe.runtime.adapters import FoundExperts, find_experts, top_k_of
-from hybrimoe.runtime.devices.cuda import TorchAccelerator
-from hybrimoe.runtime.devices.device import Accelerator, EmulatedAccelerator
+from hybrimoe.runtime.devices.device import Accelerator
 from hybrimoe.runtime.devices.memory import kv_bytes
 from hybrimoe.runtime.experts import PooledExperts
 from hybrimoe.runtime.foresight import Foresight
@@ -299,7 +297,7 @@ def unwrap(model: Model) -> Model:
     runtime.close()
     del model.hybrimoe
     if runtime.hybrid is not None:
-        _bring_back_dense(model)
+        bring_back_dense(model)
     rounded = {
         "experts": runtime.config.weights != "native" and runtime.config.weights,
         "dense layers": runtime.config.linear,
@@ -329,57 +327,6 @@ def verify(model: nn.Module, input_ids: Tensor | None = None) -> Verification:
         generator = torch.Generator().manual_seed(0)
         input_ids = torch.randint(vocabulary, (1, 32), generator=generator)
     return verify_layers(model, runtime.layers, input_ids)
-
-
-def _bring_back_dense(model: nn.Module) -> None:
-    try:
-        move_dense(model, "cpu")
-    except RuntimeError as error:
-        raise DeviceLostError(
-            "the experts are restored, but the rest of the model was on an accelerator that failed "
-            "and cannot be read: load the model again in a new process"
-        ) from error
-
-
-def check_device(config: Config) -> None:
-    """Raise ConfigError if this machine cannot do what is asked of a device."""
-    found = torch.cuda.is_available()
-    if config.device == "cuda" and not found:
-        raise ConfigError("device='cuda' needs a CUDA device, torch finds none; try 'emulated'")
-    if config.device == "auto" and found and config.linear is not None:
-        raise ConfigError(
-            f"linear={config.linear!r} packs dense layers for the CPU, but here they run on the "
-            "GPU; leave it out, or choose device='cpu'"
-        )
-
-
-def open_accelerator(config: Config) -> Accelerator | None:
-    """The accelerator a configuration asks for, or None for the CPU alone."""
-    if config.device == "emulated":
-        return EmulatedAccelerator()
-    if config.device != "cpu" and torch.cuda.is_available():
-        return TorchAccelerator()
-    return None
-
-
-def move_dense(model: nn.Module, device: str) -> None:
-    """Put everything that is not a pooled expert on a device: attention, norms, routers, heads.
-
-    Raises InsufficientMemoryError where it does not fit, having moved a part of it.
-    """
-    try:
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(device)
-        for module in model.modules():
-            for name, buffer in module._buffers.items():
-                module._buffers[name] = buffer if buffer is None else buffer.to(device)
-    except torch.OutOfMemoryError as error:
-        size = sum(parameter.nbytes for parameter in model.parameters())
-        raise InsufficientMemoryError(
-            f"the model without its experts takes {size} bytes and does not fit on {device}; free "
-            "some memory there, or use device='cpu'",
-            size,
-        ) from error
 
 
 def _already_wrapped(model: Model, config: Config) -> Model:
