@@ -237,6 +237,18 @@ def test_k_types_are_saved_packed_and_read_again_as_they_are(write_small, tmp_pa
         assert torch.equal(hybrimoe.unwrap(again).state_dict()[name], tensor)
 
 
+def test_a_pack_of_it_may_be_kept(write_small, tmp_path, monkeypatch):
+    folder, store = write_small(q4_k_m), tmp_path / "store"
+    model = load_small(folder, keep_packed=store)
+    monkeypatch.setattr(ExpertsReader, "fill", None)
+    again = load_small(folder, keep_packed=store)
+    tokens = torch.arange(12)[None]
+
+    assert again.name_or_path == str(folder)
+    with torch.no_grad():
+        assert torch.equal(again(tokens).logits, model(tokens).logits)
+
+
 def test_packed_k_types_cannot_be_asked_for_in_another_format(write_small, tmp_path):
     hybrimoe.save_packed(load_small(write_small("Q4_K")), tmp_path / "packed")
     with pytest.raises(ConfigError, match="weights must be 'native'"):

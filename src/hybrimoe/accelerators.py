@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from hybrimoe.config import Config
-from hybrimoe.errors import ConfigError, InsufficientMemoryError
+from hybrimoe.errors import ConfigError, DeviceLostError, InsufficientMemoryError
 from hybrimoe.runtime.adapters import FoundExperts
 from hybrimoe.runtime.devices.cuda import TorchAccelerator
 from hybrimoe.runtime.devices.device import Accelerator, EmulatedAccelerator
@@ -65,4 +65,15 @@ def move_dense(model: nn.Module, device: str) -> None:
             f"the model without its experts takes {size} bytes and does not fit on {device}; free "
             "some memory there, or use device='cpu'",
             size,
+        ) from error
+
+
+def bring_back_dense(model: nn.Module) -> None:
+    """Put it back on the CPU; raises DeviceLostError where it cannot be read any more."""
+    try:
+        move_dense(model, "cpu")
+    except RuntimeError as error:
+        raise DeviceLostError(
+            "the experts are restored, but the rest of the model was on an accelerator that failed "
+            "and cannot be read: load the model again in a new process"
         ) from error

@@ -14,11 +14,16 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hybrimoe.accelerators import check_device, check_room, move_dense, open_accelerator
+from hybrimoe.accelerators import (
+    bring_back_dense,
+    check_device,
+    check_room,
+    move_dense,
+    open_accelerator,
+)
 from hybrimoe.config import Config
 from hybrimoe.errors import (
     ConfigError,
-    DeviceLostError,
     FormatError,
     UnsupportedModelError,
     WrappedModelError,
@@ -324,7 +329,7 @@ def complete(runtime: Runtime, model: nn.Module) -> None:
     except BaseException as error:
         if accelerator is not None:
             attempts = Attempts()
-            attempts.take(_bring_back_dense, model)
+            attempts.take(bring_back_dense, model)
             for failure in attempts.errors:
                 error.add_note(str(failure))
         raise
@@ -349,7 +354,7 @@ def unwrap(model: Model) -> Model:
     ensure_unwrap_fits(model, sizes)
     attempts = runtime.undo()
     if runtime.hybrid is not None:
-        attempts.take(_bring_back_dense, model)
+        attempts.take(bring_back_dense, model)
     if not runtime.in_place:
         runtime.leave()
     attempts.finish("the model is unwrapped")
@@ -382,16 +387,6 @@ def verify(model: nn.Module, input_ids: Tensor | None = None) -> Verification:
         generator = torch.Generator().manual_seed(0)
         input_ids = torch.randint(vocabulary, (1, 32), generator=generator)
     return verify_layers(model, runtime.layers, input_ids)
-
-
-def _bring_back_dense(model: nn.Module) -> None:
-    try:
-        move_dense(model, "cpu")
-    except RuntimeError as error:
-        raise DeviceLostError(
-            "the experts are restored, but the rest of the model was on an accelerator that failed "
-            "and cannot be read: load the model again in a new process"
-        ) from error
 
 
 def _already_wrapped(model: Model, config: Config) -> Model:
