@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 import tempfile
+import warnings
 
 # Read when torch loads OpenMP: spinning workers slow each other down on busy machines.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -18,11 +19,15 @@ from hypothesis import Phase, settings
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizer
 from transformers.utils import logging
 
+from hybrimoe.runtime.releases import warn_if_untested
 from paths import TINY_MOE
 
 logging.disable_progress_bar()
 families: list[str] = []
 """What the workers measured, a line per family."""
+with warnings.catch_warnings():  # these tests are what a newer transformers is tried with
+    warnings.simplefilter("ignore")
+    warn_if_untested()
 # For tests/mutations: there a failure is all that is asked for.
 settings.register_profile("first-failure", phases=[Phase.explicit, Phase.generate])
 
