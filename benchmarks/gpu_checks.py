@@ -11,7 +11,7 @@ import torch
 import hybrimoe
 from gpu_models import build, reshare, wrapped
 from gpu_sections import Section
-from hybrimoe import api
+from hybrimoe import session
 from hybrimoe.kernels import torch_experts
 from hybrimoe.kernels.torch_pairs import Slots, pairs_of
 from hybrimoe.policy.presets import PRESETS
@@ -134,14 +134,14 @@ def racing(device: str, seed: int, wait: bool = True):
     wait: False forgets what copies and launches must wait for.
     """
     accelerator = EmulatedAccelerator(seed=seed) if device != "cuda" else TorchAccelerator()
-    draw, opened = random.Random(seed), api.open_accelerator
+    draw, opened = random.Random(seed), session.open_accelerator
     for name in ("copy", "experts"):
         setattr(accelerator, name, _delayed(accelerator, name, device, draw, wait))
-    api.open_accelerator = lambda config: accelerator
+    session.open_accelerator = lambda config: accelerator
     try:
         yield accelerator
     finally:
-        api.open_accelerator = opened
+        session.open_accelerator = opened
 
 
 def _delayed(accelerator, name: str, device: str, draw: random.Random, wait: bool):

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, DeepseekV2Config, Qwen3MoeConfig
 
 import hybrimoe
-from hybrimoe import api
+from hybrimoe import session
 from hybrimoe.runtime.releases import cache_argument, cache_in
 
 TEMPLATE = 16_777_213  # a prime: no two rows begin at the same place
@@ -118,7 +118,7 @@ def reshare(model: nn.Module, **settings: Any) -> None:
         if layer.early is not None:
             layer.early.remove()
     runtime.config = runtime.config.replace(**settings)
-    runtime.share(model, api.open_accelerator(runtime.config))
+    runtime.share(model, session.open_accelerator(runtime.config))
 
 
 @contextlib.contextmanager

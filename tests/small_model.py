@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import hybrimoe
-from hybrimoe import api
+from hybrimoe import session
 from paths import TINY_MOE
 
 LAYERS, EXPERTS, SLOT = 3, 32, 147456  # bytes of an expert in float32
@@ -28,7 +28,7 @@ def tokens(model, length=7, count=6):
 
 def wrap_on(monkeypatch, model, accelerator, **settings):
     """Wrap, and what it warned of."""
-    monkeypatch.setattr(api, "open_accelerator", lambda config: accelerator)
+    monkeypatch.setattr(session, "open_accelerator", lambda config: accelerator)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         hybrimoe.wrap(model, **{"device": "emulated"} | settings)

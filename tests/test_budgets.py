@@ -10,7 +10,7 @@ from torch import nn
 
 import families
 import hybrimoe
-from hybrimoe import api
+from hybrimoe import session
 from hybrimoe.errors import ConfigError
 from hybrimoe.runtime.devices.device import EmulatedAccelerator
 from hybrimoe.runtime.devices.memory import (
@@ -139,13 +139,13 @@ def test_without_a_budget_slots_leave_room_for_the_kv_cache(monkeypatch, model, 
 
 def test_the_dense_part_is_there_before_what_is_free_is_counted(monkeypatch, model):
     accelerator = EmulatedAccelerator(2 * GIB)
-    original = api.move_dense
+    original = session.move_dense
 
     def move(model, device):
         accelerator.ballast = GIB
         original(model, device)
 
-    monkeypatch.setattr(api, "move_dense", move)
+    monkeypatch.setattr(session, "move_dense", move)
     [warning] = wrap_on(monkeypatch, model, accelerator)
     assert "no expert slots" in warning
 

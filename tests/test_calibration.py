@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import hybrimoe
-from hybrimoe import api
+from hybrimoe import session
 from hybrimoe.cli import main
 from hybrimoe.errors import (
     ConfigError,
@@ -236,7 +236,7 @@ def wrap_on(monkeypatch, model, accelerator, gpu_first=0.0, **settings):
         return dataclasses.replace(stand_in(subject.layout), gpu_first=gpu_first)
 
     monkeypatch.setattr(hybrid, "calibrated", calibrated)
-    monkeypatch.setattr(api, "open_accelerator", lambda config: accelerator)
+    monkeypatch.setattr(session, "open_accelerator", lambda config: accelerator)
     hybrimoe.wrap(model, device="emulated", vram=0.25, threads=1, **settings)
     return asked
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import hybrimoe
-from hybrimoe import api
+from hybrimoe import session
 from hybrimoe.errors import InsufficientMemoryError
 from hybrimoe.policy.presets import PRESETS
 from hybrimoe.runtime.devices.device import EmulatedAccelerator
@@ -86,7 +86,7 @@ def test_a_dense_part_that_does_not_fit_is_a_typed_error():
 
     parameter = SimpleNamespace(data=SimpleNamespace(to=to), nbytes=8)
     with pytest.raises(InsufficientMemoryError, match="without its experts takes 8 bytes"):
-        api.move_dense(SimpleNamespace(parameters=lambda: [parameter]), "cuda")
+        session.move_dense(SimpleNamespace(parameters=lambda: [parameter]), "cuda")
 
 
 def test_a_dense_part_that_did_not_fit_is_brought_back(monkeypatch, model, expected):
@@ -98,7 +98,7 @@ def test_a_dense_part_that_did_not_fit_is_brought_back(monkeypatch, model, expec
         if device == "cuda":
             raise InsufficientMemoryError("the model without its experts does not fit")
 
-    monkeypatch.setattr(api, "move_dense", move)
+    monkeypatch.setattr(session, "move_dense", move)
     with pytest.raises(InsufficientMemoryError):
         wrap_on(monkeypatch, model, accelerator)
     assert moves == ["cuda", "cpu"]

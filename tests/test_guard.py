@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hybrimoe
-from hybrimoe import api
+from hybrimoe import session
 from hybrimoe.policy.cache import Cache
 from hybrimoe.policy.cost import CostModel
 from hybrimoe.policy.engine import Engine
@@ -162,7 +162,7 @@ class Slow(EmulatedAccelerator):
 
 def test_a_model_on_a_slow_accelerator_ends_up_on_the_cpu_with_the_same_tokens(monkeypatch):
     monkeypatch.setattr(hybrid, "cost_of", lambda *_: cost_of_tiny())
-    monkeypatch.setattr(api, "open_accelerator", lambda config: Slow(1 << 40))
+    monkeypatch.setattr(session, "open_accelerator", lambda config: Slow(1 << 40))
     tokenizer = AutoTokenizer.from_pretrained(TINY_MOE)
     model = AutoModelForCausalLM.from_pretrained(TINY_MOE, dtype=torch.float32).eval()
     inputs = tokenizer("def main(", return_tensors="pt")
@@ -180,7 +180,7 @@ def test_a_model_on_a_slow_accelerator_ends_up_on_the_cpu_with_the_same_tokens(m
 @pytest.mark.parametrize("settings", [{"preset": "ondemand"}, {"deterministic": True}])
 def test_what_the_user_chose_is_not_questioned(monkeypatch, settings):
     monkeypatch.setattr(hybrid, "cost_of", lambda *_: cost_of_tiny())
-    monkeypatch.setattr(api, "open_accelerator", lambda config: Slow(1 << 40))
+    monkeypatch.setattr(session, "open_accelerator", lambda config: Slow(1 << 40))
     model = AutoModelForCausalLM.from_pretrained(TINY_MOE, dtype=torch.float32).eval()
     hybrimoe.wrap(model, device="emulated", vram=0.25, **settings)
     assert model.hybrimoe.hybrid.guard is None

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hybrimoe
-from hybrimoe import api
+from hybrimoe import session
 from hybrimoe.errors import ConfigError, DeviceLostError, PlanError, PolicyError
 from hybrimoe.policy.cache import Move
 from hybrimoe.policy.presets import PRESETS
@@ -59,7 +59,7 @@ def outputs(model, inputs, tokens=6):
 
 
 def wrap_on(monkeypatch, model, accelerator, **settings):
-    monkeypatch.setattr(api, "open_accelerator", lambda config: accelerator)
+    monkeypatch.setattr(session, "open_accelerator", lambda config: accelerator)
     return hybrimoe.wrap(model, **{"device": "emulated", "vram": 0.25} | settings)
 
 

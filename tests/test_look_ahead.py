@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import fake_cuda
 import families
 import hybrimoe
-from hybrimoe import api
+from hybrimoe import session
 from hybrimoe.policy.engine import Engine
 from hybrimoe.policy.prefetcher import Never, NextLayer
 from hybrimoe.runtime import intake, norms
@@ -334,7 +334,7 @@ class Strict(TorchDispatchMode):
 def wrap_on_fake_cuda(monkeypatch, model, **settings):
     """The model on a device that is this CPU, seen as one with memory of its own."""
     fake_cuda.install(monkeypatch)
-    monkeypatch.setattr(api, "open_accelerator", lambda config: TorchAccelerator("cpu"))
+    monkeypatch.setattr(session, "open_accelerator", lambda config: TorchAccelerator("cpu"))
     return hybrimoe.wrap(
         model, **{"device": "emulated", "vram": 0.25, "deterministic": True} | settings
     )

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import hybrimoe
-from hybrimoe import ConfigError, UnsupportedModelError, api
+from hybrimoe import ConfigError, UnsupportedModelError, session
 from hybrimoe.errors import (
     DeviceLostError,
     DiskReadError,
@@ -210,20 +210,20 @@ def test_a_wrap_whose_device_fails_twice_leaves_the_model_as_it_was(monkeypatch,
 
 @pytest.mark.parametrize("step", ["share", "guard"])
 def test_a_wrap_that_fails_at_its_end_leaves_the_model_as_it_was(monkeypatch, model, state, step):
-    usual = getattr(api.Runtime, step)
+    usual = getattr(session.Runtime, step)
 
     def fail(self, *args):
         usual(self, *args)
         raise OSError("the very end")
 
-    monkeypatch.setattr(api.Runtime, step, fail)
+    monkeypatch.setattr(session.Runtime, step, fail)
     with pytest.raises(OSError, match="the very end"):
         hybrimoe.wrap(model, device="emulated")
     state.assert_back()
 
 
 def test_a_failed_wrap_that_cannot_undo_itself_is_undone_by_unwrap(monkeypatch, model, state):
-    monkeypatch.setattr(api.Runtime, "guard", raises(OSError("the very end")))
+    monkeypatch.setattr(session.Runtime, "guard", raises(OSError("the very end")))
     with monkeypatch.context() as patched:
         patched.setattr(experts_module.formats, "unpack", raises(MemoryError("no room")))
         with pytest.raises(OSError, match="the very end") as caught:

@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hybrimoe.api import Runtime, unwrap, verify, wrap
+    from hybrimoe.api import unwrap, verify, wrap
     from hybrimoe.config import Config
     from hybrimoe.errors import (
         CheckpointError,
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from hybrimoe.runtime.adapters import ExpertWeights, register_adapter
     from hybrimoe.runtime.measuring.calibration import calibrate
     from hybrimoe.runtime.recording import record
+    from hybrimoe.session import Runtime
     from hybrimoe.verification import Verification
 
 __version__ = "0.1.0"
@@ -70,7 +71,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "hybrimoe.api": ("Runtime", "unwrap", "verify", "wrap"),
+    "hybrimoe.api": ("unwrap", "verify", "wrap"),
     "hybrimoe.config": ("Config",),
     "hybrimoe.errors": (
         "CheckpointError",
@@ -93,6 +94,7 @@ _HOMES = {
     "hybrimoe.runtime.adapters": ("ExpertWeights", "register_adapter"),
     "hybrimoe.runtime.measuring.calibration": ("calibrate",),
     "hybrimoe.runtime.recording": ("record",),
+    "hybrimoe.session": ("Runtime",),
     "hybrimoe.verification": ("Verification",),
 }
 """Where the public names live. Each module is imported when a name of it is asked for: numba and half

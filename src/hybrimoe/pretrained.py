@@ -18,11 +18,11 @@ from hybrimoe.runtime.loading.hub import PLACE, look_for, named_file
 if TYPE_CHECKING:
     from torch import nn
 
-    from hybrimoe.api import Runtime
     from hybrimoe.config import Config
     from hybrimoe.keeping import Keep
     from hybrimoe.memory_plan import MemoryPlan
     from hybrimoe.runtime.storage.tiers import WeightsOf
+    from hybrimoe.session import Runtime
 
 
 def plan(
@@ -143,13 +143,13 @@ def make_known() -> None:
 
 
 def _start(config: Config, model: nn.Module, weights_of: WeightsOf | None) -> Runtime:
-    from hybrimoe.api import Runtime
+    from hybrimoe.session import Runtime
 
     return Runtime(config, model, weights_of)
 
 
 def _finish(runtime: Runtime, model: nn.Module) -> None:
-    from hybrimoe.api import complete
+    from hybrimoe.session import complete
 
     for layer in runtime.layers:
         layer.install()

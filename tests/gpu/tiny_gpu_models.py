@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import hybrimoe
-from hybrimoe import api
+from hybrimoe import session
 from hybrimoe.runtime.devices.cuda import TorchAccelerator
 
 on_gpu = [
@@ -52,7 +52,7 @@ def nmse(found, wanted):
 def wrapped(model, monkeypatch=None, accelerator=None, **settings):
     """The model wrapped on the GPU within the block, on an accelerator of ours if one is given."""
     if accelerator is not None:
-        monkeypatch.setattr(api, "open_accelerator", lambda config: accelerator)
+        monkeypatch.setattr(session, "open_accelerator", lambda config: accelerator)
     hybrimoe.wrap(model, **{"device": "cuda", "vram": 0.25} | settings)
     try:
         yield model

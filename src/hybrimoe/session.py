@@ -1,0 +1,283 @@
+"""`Runtime`, which a wrapped model carries as `model.hybrimoe`, and what completes it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from hybrimoe.accelerators import (
+    bring_back_dense,
+    check_device,
+    move_dense,
+    open_accelerator,
+)
+from hybrimoe.config import Config
+from hybrimoe.errors import (
+    ConfigError,
+)
+from hybrimoe.kernels.threads import usable_cores
+from hybrimoe.policy.cost import write_atomically
+from hybrimoe.policy.timeline import perfetto
+from hybrimoe.report import Report
+from hybrimoe.runtime.adapters import FoundExperts, top_k_of
+from hybrimoe.runtime.attempts import Attempts
+from hybrimoe.runtime.counts import Counts
+from hybrimoe.runtime.devices.device import Accelerator
+from hybrimoe.runtime.devices.memory import kv_bytes
+from hybrimoe.runtime.experts import PooledExperts
+from hybrimoe.runtime.foresight import Foresight
+from hybrimoe.runtime.frozen import FrozenNotice
+from hybrimoe.runtime.guards import Guards, refuse_copy, refuse_pickle
+from hybrimoe.runtime.hybrid import Hybrid
+from hybrimoe.runtime.linears import PackedLinear, find_linears
+from hybrimoe.runtime.loading.packed_linears import StoredLinear
+from hybrimoe.runtime.lora import Folding
+from hybrimoe.runtime.measuring.stats import Stats
+from hybrimoe.runtime.places import holder_of
+from hybrimoe.runtime.pool import ExpertPool
+from hybrimoe.runtime.releases import warn_if_untested
+from hybrimoe.runtime.rms_norms import FusedNorm, find_norms
+from hybrimoe.runtime.routers import seats_of
+from hybrimoe.runtime.shared_experts import EarlyExperts
+from hybrimoe.runtime.storage.tiers import WeightsOf, open_tier
+from hybrimoe.runtime.warming import needs_of, warm
+
+logger = logging.getLogger("hybrimoe")
+
+
+class Runtime:
+    """What `model.hybrimoe` is: the configuration, the pool and the counters of a wrapped model."""
+
+    def __init__(
+        self, config: Config, model: nn.Module, weights_of: WeightsOf | None = None
+    ) -> None:
+        check_device(config)
+        warn_if_untested()
+        self.config = config
+        self._model = weakref.ref(model)
+        self.pool = ExpertPool()
+        self.pool.folding = self.folding = Folding()
+        self.pool.tier = open_tier(config, model, weights_of)
+        self.layers: list[PooledExperts] = []
+        self.linears: list[PackedLinear] = []
+        self.norms: list[FusedNorm] = []
+        self.hybrid: Hybrid | None = None
+        self.origin: Path | None = None  # the folder that it was loaded from, where that is known
+        self._counters = Stats()
+        self.threads = config.threads or min(torch.get_num_threads(), usable_cores())
+        self._guards, self._counts = Guards(), Counts()
+        self._hooks = [
+            model.register_forward_pre_hook(self._counters.enter, with_kwargs=True),
+            model.register_forward_pre_hook(self._begin),
+            model.register_forward_hook(self._counters.leave, with_kwargs=True),
+            model.register_forward_hook(self._end),
+        ]
+
+    def report(self) -> Report:
+        """What happened since the last reset, and where the time went."""
+        return Report.of(
+            *(self.config, self.layers, self._counters, self.pool.nbytes, self.threads),
+            *(self.hybrid, self.pool.tier),
+        )
+
+    def stats(self) -> dict[str, Any]:
+        """The report's numbers as a plain dict."""
+        return self.report().to_dict()
+
+    def reset_stats(self) -> None:
+        """Start counting anew."""
+        self._counters.reset()
+        if self.pool.tier is not None:
+            self.pool.tier.reset()
+        if self.hybrid is not None:
+            self.hybrid.reset()
+
+    def export_trace(self, path: str | os.PathLike[str]) -> None:
+        """Write measured and predicted spans as a Chrome trace, for ui.perfetto.dev.
+
+        Needs `hybrimoe.wrap(model, trace=True)` with an accelerator, or with experts on disk, whose
+        reads are the LINK of "disk"; raises ConfigError otherwise.
+        """
+        tier, spans = self.pool.tier, self.hybrid.spans() if self.hybrid else {}
+        if self.hybrid is None and tier is None:
+            raise ConfigError("export_trace needs an accelerator; every expert runs on the CPU")
+        if tier is not None:
+            spans["disk"] = tier.spans()
+        events = [event for name, found in spans.items() for event in perfetto(found, name)]
+        write_atomically(Path(path), json.dumps({"traceEvents": events}).encode())
+
+    def make_room(self) -> None:
+        """Reserve the disk space of experts that do not stay in RAM; raises StorageError."""
+        if self.pool.tier is not None:
+            self.pool.tier.backing.make_room(self.pool.tier.sizes.file_bytes)
+
+    def pack(self, experts: FoundExperts, weights: str | None = None) -> PooledExperts:
+        """Add a layer to the pool; one on the meta device gets memory that is still to be filled.
+
+        weights: a format of its own, where it has one.
+        """
+        # fmt: off
+        layer = PooledExperts(experts, weights or self.config.weights, self.pool, self.threads,
+                              self._counters)
+        # fmt: on
+        self.layers.append(layer)
+        self.folding.layers.append(layer)
+        return layer
+
+    @property
+    def packed(self) -> list[PooledExperts | PackedLinear | FusedNorm]:
+        """All modules that stand for the model's own."""
+        return [*self.layers, *self.linears, *self.norms]
+
+    def pack_linears(self, model: nn.Module, weights: str) -> None:
+        """Pack the dense layers too, each in its place, and fuse the norms between them.
+
+        Those that `adopt` put there stay as they were saved.
+        """
+        if not self.linears:
+            for found in find_linears(model, weights, [layer.name for layer in self.layers]):
+                self._install(PackedLinear(found, self.pool.workspace, self.threads))
+        for norm in list(find_norms(model)):
+            self.norms.append(FusedNorm(norm))
+            self.norms[-1].install()
+
+    def adopt(self, stored: Sequence[StoredLinear]) -> None:
+        """Put dense layers into their places that were read packed."""
+        for linear in stored:
+            self._install(linear.packed(workspace=self.pool.workspace, threads=self.threads))
+
+    def _install(self, layer: PackedLinear) -> None:
+        self.linears.append(layer)
+        layer.install()
+
+    def share(self, model: nn.Module, accelerator: Accelerator) -> None:
+        """From now on, the policies divide the experts between the CPU and an accelerator."""
+        top_k = top_k_of(model)
+        kv = kv_bytes(model, self.config.max_new_tokens)
+        self.hybrid = Hybrid(self.pool, self.config, accelerator, top_k, self.threads, kv)
+        self.hybrid.intake.watch(seats_of(model, [layer.name for layer in self.layers]))
+        for layer in self.layers:
+            layer.hybrid = self.hybrid
+        if accelerator.measured:  # elsewhere nothing would run meanwhile
+            self.launch_early(model)
+
+    def launch_early(self, model: nn.Module) -> None:
+        """From now on, shared experts run beside the routed ones."""
+        for layer in self.layers:
+            layer.early = EarlyExperts.beside(model, layer.name)
+            layer.early.install()
+
+    def foresee(self, model: nn.Module) -> None:
+        """From now on, routers are asked early for what to read from the disk."""
+        seats = seats_of(model, [layer.name for layer in self.layers])
+        self.pool.foresight = Foresight(seats, [layer.packed.experts for layer in self.layers])
+
+    def guard(self, model: nn.Module) -> None:
+        """Refuse from now on what would break the experts, and count them where models are counted."""
+        names = [layer.name for layer in self.layers]
+        self._guards.install(model, names, {layer.dtype for layer in self.layers})
+        self._counts.install(model, names)
+        what = "experts and packed dense layers" if self.linears else "experts"
+        notice = FrozenNotice(model, names[0], what)
+        for layer in self.layers:
+            layer.watch = notice
+
+    @property
+    def in_place(self) -> list[PooledExperts | PackedLinear | FusedNorm]:
+        """Those of `packed` that stand in the model."""
+        return [part for part in self.packed if holder_of(part.found, part)]
+
+    def undo(self) -> Attempts:
+        """Put the model's own modules back, with their weights, whatever the accelerator or the disk
+        says. What is still `in_place` afterwards could not be read; trying again may help.
+        """
+        attempts = Attempts()
+        attempts.take(self.detach)
+        if self.hybrid is not None:
+            self.hybrid.close(attempts)
+        for part in self.in_place:
+            attempts.take(part.restore)
+        if not self.in_place:
+            attempts.let_go(self.close)
+        return attempts
+
+    def detach(self) -> None:
+        """Remove the hooks and the guards from the model."""
+        self._guards.remove()
+        self._counts.remove()
+        self.folding.close()
+        for hook in self._hooks:
+            hook.remove()
+        if self.hybrid is not None:
+            self.hybrid.intake.close()
+        if self.pool.foresight is not None:
+            self.pool.foresight.close()
+        for layer in self.layers:
+            if layer.early is not None:
+                layer.early.remove()
+
+    def leave(self) -> None:
+        """Be `model.hybrimoe` no more; a PEFT model around it only passes the name on."""
+        model = self._model()
+        assert model is not None
+        del model.hybrimoe
+
+    def close(self) -> None:
+        """End the threads and close the files of experts on disk; nobody may need them any more."""
+        if self.pool.tier is not None:
+            self.pool.tier.close()
+
+    def _begin(self, *_: Any) -> None:
+        """Forward pre-hook of the model."""
+        if self.hybrid is not None:
+            self.hybrid.begin(self._counters.passing)
+
+    def _end(self, *_: Any) -> None:
+        """Forward hook of the model."""
+        if self.hybrid is not None:
+            self.hybrid.end()
+
+    def __repr__(self) -> str:
+        size = self.pool.nbytes / 2**20
+        return f"<hybrimoe.Runtime: {len(self.layers)} layers, {size:.1f} MiB of experts>"
+
+    def __deepcopy__(self, memo: Any) -> NoReturn:
+        refuse_copy()
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        refuse_pickle()
+
+
+def complete(runtime: Runtime, model: nn.Module) -> None:
+    """All experts are in the pool and in the model: open the accelerator and hand out the runtime."""
+    accelerator = open_accelerator(runtime.config)
+    warm(needs_of(runtime.layers, runtime.config.linear, shared=accelerator is not None))
+    try:
+        if runtime.pool.tier is not None:
+            runtime.pool.tier.backing.open_direct()
+        if accelerator is not None:
+            move_dense(model, accelerator.compute_device)  # first: experts get what is left
+            runtime.share(model, accelerator)
+        if runtime.config.linear is not None:
+            runtime.pack_linears(model, runtime.config.linear)
+        runtime.folding.follow()
+        if accelerator is None and runtime.pool.tier is not None:
+            runtime.foresee(model)  # its hooks on norms come last: a norm with hooks is not fused
+        runtime.guard(model)
+    except BaseException as error:
+        if accelerator is not None:
+            attempts = Attempts()
+            attempts.take(bring_back_dense, model)
+            for failure in attempts.errors:
+                error.add_note(str(failure))
+        raise
+    model.hybrimoe = runtime  # type: ignore[assignment]
+    logger.info("wrapped %s: %s", type(model).__name__, runtime)
