@@ -1,5 +1,7 @@
 """Ids that name no expert of the layer: refused before anything reads them, or left out."""
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -47,6 +49,12 @@ def blanked(tokens=7, k=3):
     return hidden, ids.masked_fill(blank, EXPERTS), weights.masked_fill(blank, 0)
 
 
+def share(experts, hidden, ids, weights):
+    """What the others contribute, by experts that know of no such pairs."""
+    blank = ids == EXPERTS
+    return experts(hidden, ids.masked_fill(blank, 0), weights.masked_fill(blank, 0))
+
+
 def assert_close(got, wanted):
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
@@ -86,7 +94,7 @@ def test_foreign_ids_are_refused_and_change_nothing(model, layer, plain, bad, to
 @pytest.mark.parametrize("tokens", [1, 3, 7, 40])
 def test_pairs_of_no_expert_contribute_nothing(layer, plain, tokens, dtype):
     hidden, ids, weights = blanked(tokens)
-    wanted = plain(hidden, ids, weights)
+    wanted = share(plain, hidden, ids, weights)
 
     assert_close(layer(hidden, ids.to(dtype), weights), wanted)
 
@@ -115,10 +123,10 @@ def test_no_pair_at_all_gives_zeros(layer):
 def test_gradients_pass_by_pairs_of_no_expert(layer, plain):
     given = blanked()
     found = []
-    for experts in (plain, layer):
+    for compute in (partial(share, plain), layer):
         hidden, ids, weights = (tensor.clone() for tensor in given)
         hidden.requires_grad_(), weights.requires_grad_()
-        experts(hidden, ids, weights).square().sum().backward()
+        compute(hidden, ids, weights).square().sum().backward()
         found.append((hidden.grad, weights.grad))
     assert_close(found[1][0], found[0][0])
     assert_close(found[1][1], found[0][1])
@@ -136,7 +144,7 @@ def test_compiled_graphs_meet_the_same_rules(layer, plain):
     torch.compiler.reset()
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
     given = blanked()
-    assert_close(compiled(*given), plain(*given))
+    assert_close(compiled(*given), share(plain, *given))
     given[1][0, 0] = -3
     with pytest.raises(RoutingError, match=r"got -3$"):
         compiled(*given)
@@ -187,10 +195,12 @@ def test_a_norm_behind_the_experts_sees_only_pairs_of_an_expert():
 def test_a_model_whose_router_is_another_ranks_generates_what_its_share_gives():
     """Every second expert is elsewhere, marked as transformers' expert-parallel routers mark it."""
 
+    mark = 0  # for the plain model, whatever its version of transformers makes of marked pairs
+
     def elsewhere(module, args, output):
         logits, weights, ids = output
         away = ids % 2 == 1
-        return logits, weights.masked_fill(away, 0), ids.masked_fill(away, 32)
+        return logits, weights.masked_fill(away, 0), ids.masked_fill(away, mark)
 
     model = AutoModelForCausalLM.from_pretrained(
         TINY_MOE, dtype=torch.float32, num_hidden_layers=2, experts_implementation="eager"
@@ -202,7 +212,7 @@ def test_a_model_whose_router_is_another_ranks_generates_what_its_share_gives():
     def tokens():
         return model.generate(prompt, max_new_tokens=6, do_sample=False).tolist()
 
-    wanted = tokens()
+    wanted, mark = tokens(), 32
     for way in WAYS.values():
         hybrimoe.wrap(model, **way)
         assert tokens() == wanted
