@@ -1,5 +1,7 @@
 """Keys of a GGUF file that change the arithmetic are honoured, or refused by their name and value."""
 
+import json
+
 import pytest
 import transformers
 
@@ -62,6 +64,16 @@ def test_rotary_embeddings_are_scaled_as_the_file_says(rope, values, has_config,
     folder = write(tmp_path, model, **values)
     if has_config:
         model.config.save_pretrained(folder)
+    assert_computes(folder, model)
+
+
+def test_a_config_json_of_quantized_files_says_nothing_of_the_gguf_file(tmp_path):
+    model = qwen3()
+    folder = write(tmp_path, model)
+    model.config.save_pretrained(folder)
+    path = folder / "config.json"
+    said = {"quantization_config": {"quant_method": "fp8", "fmt": "e4m3"}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | said))
     assert_computes(folder, model)
 
 

@@ -181,7 +181,8 @@ def read_config(
 ) -> Any:
     """The model's configuration: that given, else config.json beside the file, else its metadata.
 
-    An output matrix in the file is used, whatever a configuration says of tied ones.
+    An output matrix in the file is used, whatever a configuration says of tied ones; and the numbers are
+    the file's, whatever it says of the quantization of other files.
     """
     if isinstance(given, transformers.PreTrainedConfig):
         config = given
@@ -194,9 +195,11 @@ def read_config(
         raise CheckpointError(
             f"holds a {family} by its metadata, the configuration is of {config.model_type!r}", path
         )
-    if config.tie_word_embeddings and "output.weight" in header.tensors:
-        config = copy.deepcopy(config)
+    config = copy.deepcopy(config)
+    if "output.weight" in header.tensors:
         config.tie_word_embeddings = False
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     return config
 
 
