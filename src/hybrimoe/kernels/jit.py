@@ -6,7 +6,7 @@ from pathlib import Path
 import numba
 
 from hybrimoe.caching import cache_for, sources_stamp
-from hybrimoe.linking import LinkedCompiler
+from hybrimoe.linking import LinkedCompiler, LoopCompiler
 
 FASTMATH = {"nsz", "arcp", "contract", "afn", "reassoc"}
 """No nnan and no ninf: a broken model must show its NaN."""
@@ -19,6 +19,7 @@ NOT_COMPILED = (
 _OPTIONS = {"fastmath": FASTMATH, "nogil": True, "error_model": "numpy", "_nrt": False}
 _LINKED = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "pipeline_class": LinkedCompiler}
 INLINED = {"fastmath": FASTMATH, "forceinline": True, "_nrt": False} | _LINKED
+INLINED["pipeline_class"] = LoopCompiler
 """Options of the overloads that make up an inner loop."""
 
 
