@@ -53,7 +53,7 @@ def run_demo(options: argparse.Namespace) -> dict[str, Any]:
     if crowd.warning:
         _say(f"  note     {crowd.warning}")
     _say(
-        "\nYour own model: `hybrimoe plan NAME` says whether it fits, `hybrimoe bench NAME` how fast."
+        "\nYour own model: `hybrimoe plan Qwen/Qwen3-30B-A3B` says whether one fits, `hybrimoe bench` how fast."
     )
     options.failed = not (check.passed and shared_check.passed)
     return {

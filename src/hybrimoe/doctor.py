@@ -148,7 +148,7 @@ def memory(root: Path = ROOT) -> Finding:
     have, total = host_memory(root), psutil.virtual_memory().total
     text = f"{size_text(have.free)} of {size_text(total)} can be had ({have.limit})"
     if have.free < 2 << 30:
-        return Finding("memory", "warn", text, "few models fit; `hybrimoe plan NAME` says which")
+        return Finding("memory", "warn", text, "few models fit; `hybrimoe plan` says which")
     return Finding("memory", "ok", text)
 
 

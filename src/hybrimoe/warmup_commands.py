@@ -59,7 +59,9 @@ def _to_make(options: argparse.Namespace) -> list[tuple[str, str, bool]]:
     """Each format and dtype of the model's layers, and whether weights are packed into it."""
     if options.name is None:
         if options.gguf_file is not None:
-            raise ConfigError(f"--gguf-file needs NAME, the folder of {options.gguf_file!r}")
+            raise ConfigError(
+                f"--gguf-file needs the folder of {options.gguf_file!r} too, got none"
+            )
         given = [options.weights] if options.weights else COMMON
         return [("bfloat16" if each == "native" else each, "bfloat16", True) for each in given]
     source = source_of(options)

@@ -147,7 +147,9 @@ def clear(folder: Path, name: str | None = None) -> list[dict[str, Any]]:
     """Remove all packs in a folder, or those of one model; returns what they were."""
     found = [pack for pack in packs(folder) if name in (None, pack.note["name"], pack.folder.name)]
     if name is not None and not found:
-        raise ConfigError(f"NAME must be a model that is kept in {folder}, got {name!r}")
+        raise ConfigError(
+            f"no packed model of {name!r} is kept in {folder}; `hybrimoe cache` lists those that are"
+        )
     cleared = []
     for pack in found:
         cleared.append(pack.to_dict())
