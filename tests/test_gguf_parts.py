@@ -48,7 +48,7 @@ def test_bench_needs_what_transformers_reads_too(layout, model, capsys, tmp_path
     write(tmp_path, model, **layout)
     assert main(["bench", str(tmp_path / (FIRST if "parts" in layout else "model.gguf"))]) == 1
     err = capsys.readouterr().err
-    assert "NAME must be a model that transformers reads too" in err
+    assert "the model must be one that transformers reads too" in err
     assert len(err.strip().splitlines()) == 1
 
 

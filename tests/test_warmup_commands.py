@@ -65,7 +65,7 @@ def test_without_a_name_what_is_common(asked, capsys):
 
 def test_a_gguf_file_needs_its_folder(asked, capsys):
     assert main(["warmup", "--gguf-file", "model.gguf"]) == 1
-    assert "--gguf-file needs NAME" in capsys.readouterr().err
+    assert "--gguf-file needs the folder of" in capsys.readouterr().err
     assert not asked
 
 

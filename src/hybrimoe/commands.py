@@ -52,9 +52,7 @@ def run_demo(options: argparse.Namespace) -> dict[str, Any]:
     _say(f"  shared   {_shared(shared, shared_check)}")
     if crowd.warning:
         _say(f"  note     {crowd.warning}")
-    _say(
-        "\nYour own model: `hybrimoe plan Qwen/Qwen3-30B-A3B` says whether one fits, `hybrimoe bench` how fast."
-    )
+    _say("\nYour own model: `hybrimoe plan` says whether it fits, `hybrimoe bench` how fast it is.")
     options.failed = not (check.passed and shared_check.passed)
     return {
         "before_tokens_s": before,
