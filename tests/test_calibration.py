@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import hybrimoe
-from hybrimoe import session
+from hybrimoe import calibration_commands, session
 from hybrimoe.cli import main
 from hybrimoe.errors import (
     ConfigError,
@@ -78,6 +78,7 @@ def quickly(tmp_path, monkeypatch):
         monkeypatch.setattr(calibration, name, 0.02)
     monkeypatch.setattr(probes, "ROTATED", 1 << 20)
     monkeypatch.setitem(SHAPES, "tiny", SHAPES["qwen3-30b-a3b"].__class__(64, 32, 64))
+    monkeypatch.setattr(calibration_commands, "SHAPES", ("tiny",))
 
 
 @pytest.fixture

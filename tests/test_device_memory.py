@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import hybrimoe
-from hybrimoe import session
+from hybrimoe import accelerators, session
 from hybrimoe.errors import InsufficientMemoryError
 from hybrimoe.policy.presets import PRESETS
 from hybrimoe.runtime.devices.device import EmulatedAccelerator
@@ -98,7 +98,8 @@ def test_a_dense_part_that_did_not_fit_is_brought_back(monkeypatch, model, expec
         if device == "cuda":
             raise InsufficientMemoryError("the model without its experts does not fit")
 
-    monkeypatch.setattr(session, "move_dense", move)
+    for caller in (session, accelerators):
+        monkeypatch.setattr(caller, "move_dense", move)
     with pytest.raises(InsufficientMemoryError):
         wrap_on(monkeypatch, model, accelerator)
     assert moves == ["cuda", "cpu"]

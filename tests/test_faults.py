@@ -11,7 +11,7 @@ from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import hybrimoe
-from hybrimoe import session
+from hybrimoe import accelerators
 from hybrimoe.errors import DeviceLostError, InsufficientMemoryError
 from hybrimoe.runtime.devices.device import EmulatedAccelerator
 from paths import TINY_MOE
@@ -154,7 +154,7 @@ def test_what_was_lost_with_the_device_is_said_after_the_experts_are_back(
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     with monkeypatch.context() as patched:
-        patched.setattr(session, "move_dense", move)
+        patched.setattr(accelerators, "move_dense", move)
         with pytest.raises(DeviceLostError, match="experts are restored"):
             hybrimoe.unwrap(model)
     assert not hasattr(model, "hybrimoe")
@@ -211,7 +211,7 @@ def test_stopping_early_holds_no_slot(monkeypatch, model, expected, preset, coun
 INTERRUPTED = """
 import os, random, signal, sys, threading, time, warnings
 import torch, transformers, hybrimoe
-from hybrimoe import session
+from hybrimoe import accelerators, session
 from hybrimoe.runtime.devices.device import EmulatedAccelerator
 transformers.utils.logging.set_verbosity_error()
 model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], num_hidden_layers=3).eval()

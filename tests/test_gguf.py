@@ -409,7 +409,7 @@ def test_without_the_package_an_error_says_how_to_install_it(tiny, monkeypatch):
     [
         ({"weights": "int4"}, "weights must be left out"),
         ({"config": Config(weights="int8")}, "weights must be left out"),
-        ({"dtype": "quick"}, "dtype must be"),
+        ({"dtype": "quick"}, "dtype must name a dtype of torch"),
         ({"device_map": "cuda"}, "device_map"),
         ({"gguf_file": "model.safetensors"}, "name of a .gguf file"),
         ({"gguf_file": 7}, "name of a .gguf file"),

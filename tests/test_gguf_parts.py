@@ -125,9 +125,12 @@ def test_a_damaged_part_is_refused_by_its_name(folder):
 
 
 def test_all_parts_are_fetched_from_the_hub(monkeypatch, folder, model):
+    from hybrimoe import pretrained
     from hybrimoe.runtime.loading import gguf_file
 
     fetched = []
+    monkeypatch.setattr(pretrained, "look_for", lambda *_: None)
+    monkeypatch.setattr(gguf_file, "reach", lambda name, place, file: dict(place))
 
     def cached_file(name, file, **_):
         fetched.append(file)

@@ -105,7 +105,8 @@ def test_an_earlier_model_gets_its_cache_by_the_earlier_name():
 
 
 def test_only_one_file_spells_what_was_renamed():
-    names = re.compile("|".join({*releases.CACHE_NAMES[1:], *releases.CONVERTER_STATE}))
+    converters = {*releases.CONVERTER_STATE} - {"base_model_prefix"}  # models have one too, as ever
+    names = re.compile("|".join({*releases.CACHE_NAMES[1:], *converters}))
     spelt = {p.name for p in SOURCE.rglob("*.py") if names.search(p.read_text())}
 
     assert spelt == {"releases.py"}

@@ -138,14 +138,7 @@ def _already_wrapped(model: Model, config: Config) -> Model:
 
 def _check(model: nn.Module, found: list[FoundExperts], config: Config) -> None:
     """Everything that can be known to fail, before anything is touched."""
-    owners: dict[int, str] = {}
     for experts in found:
-        for parameter in experts.module.parameters():
-            owner = owners.setdefault(id(parameter), experts.name)
-            if owner != experts.name:
-                raise UnsupportedModelError(
-                    f"{owner} and {experts.name} share their weights; wrap needs one copy per layer"
-                )
         dtypes = {name: p.dtype for name, p in experts.module.named_parameters(recurse=False)}
         if len(set(dtypes.values())) > 1:
             raise FormatError(f"parameters of {experts.name} must share one dtype, got {dtypes}")
@@ -159,7 +152,20 @@ def _check(model: nn.Module, found: list[FoundExperts], config: Config) -> None:
         biases = [b for b in (described.up_bias, described.down_bias) if b is not None]
         folded = check_adapters(model, experts, fmt)
         formats.check_range(experts.name, fmt, [described.up, described.down, *biases, *folded])
+    _check_owners(found)
     check_room(found, config)
+
+
+def _check_owners(found: list[FoundExperts]) -> None:
+    """Raise UnsupportedModelError for layers that share their experts."""
+    owners: dict[int, str] = {}
+    for experts in found:
+        for parameter in experts.module.parameters():
+            owner = owners.setdefault(id(parameter), experts.name)
+            if owner != experts.name:
+                raise UnsupportedModelError(
+                    f"{owner} and {experts.name} share their weights; wrap needs one copy per layer"
+                )
 
 
 def _roll_back(runtime: Runtime, model: nn.Module, error: BaseException) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from hybrimoe.errors import UnsupportedModelError
+from hybrimoe.runtime.loading.packed_folder import METHOD
 
 PLAIN = frozenset(("F64", "F32", "F16", "BF16"))
 """Stored dtypes whose elements are the numbers themselves."""
@@ -131,7 +132,7 @@ def refuse_declared(name: str, config: Any, stored: Mapping[str, str] | None = N
     name: of the checkpoint, if it is known. stored: the dtype of each of its tensors, likewise.
     """
     found = declared(config)
-    if found is None:
+    if found is None or found.method == METHOD:
         return
     what, remove = repr(name) if name else "the checkpoint", f"remove {found.key} from config.json"
     if stored and is_plain(stored):

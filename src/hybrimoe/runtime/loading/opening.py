@@ -91,8 +91,10 @@ def load(
             return load(fetched, config, given, kwargs)
     hf_kwargs = {**hf_kwargs, "use_safetensors": True}
     model_class, _ = class_of(name, hf_kwargs)
-    if not folder.is_dir() and not hf_kwargs.get("trust_remote_code"):
-        ensure_remote_fits(str(name), config, hf_kwargs)
+    if not folder.is_dir():
+        if not hf_kwargs.get("trust_remote_code"):
+            ensure_remote_fits(os.fspath(name), config, hf_kwargs)
+        examine_cached(os.fspath(name), hf_kwargs)
     told = {**hf_kwargs, "quantization_config": config, "output_loading_info": True}
     model, found = model_class.from_pretrained(name, **told)
     refuse_missing(found["missing_keys"])  # the class was our choice: not even a head may be new
@@ -132,19 +134,24 @@ def examine_remote(name: str, hf_kwargs: dict[str, Any]) -> dict[str, Any]:
     Returns `hf_kwargs`, with `local_files_only` where only the cache can give it.
     """
     place = reach(name, {key: hf_kwargs[key] for key in PLACE if key in hf_kwargs})
-    folder = cached_folder(name, place)
-    if place.get("local_files_only") and folder is not None:
-        examine_folder(folder, hf_kwargs.get("variant"))
-        # The automatic classes look for adapters of PEFT by arguments of their own.
-        adapters = {"local_files_only": True, **(hf_kwargs.get("adapter_kwargs") or {})}
-        return hf_kwargs | place | {"adapter_kwargs": adapters}
     try:
         index = cached_file(name, INDEX, _raise_exceptions_for_missing_entries=False, **place)
     except CLIENT_ERRORS as error:
         raise CheckpointNotFoundError(f"{name}: {first_line(error)}") from error
     if index is not None:
         read_index(Path(index), Path(index).parent)
-    return hf_kwargs
+    if not place.get("local_files_only"):
+        return hf_kwargs
+    # The automatic classes look for adapters of PEFT by arguments of their own.
+    adapters = {"local_files_only": True, **(hf_kwargs.get("adapter_kwargs") or {})}
+    return hf_kwargs | place | {"adapter_kwargs": adapters}
+
+
+def examine_cached(name: str, hf_kwargs: dict[str, Any]) -> None:
+    """Where only the cache can give a repository, check that all of its files are there."""
+    folder = cached_folder(name, {key: hf_kwargs[key] for key in PLACE if key in hf_kwargs})
+    if hf_kwargs.get("local_files_only") and folder is not None:
+        examine_folder(folder, hf_kwargs.get("variant"))
 
 
 def revision_of(name: str, file: str, place: dict[str, Any]) -> str | None:
