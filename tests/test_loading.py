@@ -96,6 +96,7 @@ def test_a_loaded_model_has_the_blobs_and_the_tokens_of_a_wrapped_one(
     assert_same_pool(loaded, model)
     assert generate(loaded, tokenizer) == generate(model, tokenizer)
     assert loaded.hybrimoe.config == Config(weights=weights)
+    assert not any(module.training for module in loaded.modules())
 
 
 @pytest.mark.parametrize("name", families.decorated())

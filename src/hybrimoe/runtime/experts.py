@@ -83,6 +83,7 @@ class PooledExperts(Rooted):
     def install(self) -> None:
         """Take the original's place in its parent and drop its weights."""
         exchange(self.found, self.original, self)
+        self.train(self.original.training)  # a loader says so after it has built the model
         self.adapters.adopt()
         for name in self.shapes:
             parameter = getattr(self.original, name)
