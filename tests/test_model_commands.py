@@ -158,7 +158,7 @@ def test_a_folder_that_lost_its_tokenizer_is_one_line(capsys, packed, tmp_path):
         path.unlink()
 
     assert main(["generate", str(folder), "--prompt", "hi"]) == 1
-    assert re.search("NAME has no tokenizer: .*save_pretrained", capsys.readouterr().err)
+    assert re.search("has no tokenizer: .*save_pretrained", capsys.readouterr().err)
 
 
 def test_statistics_start_after_everything_is_compiled(capsys, monkeypatch):
