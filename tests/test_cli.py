@@ -1,6 +1,7 @@
 """The command line itself: what it loads, and what it checks before it works."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -151,3 +152,13 @@ def test_the_demo_says_what_was_saved_gained_and_changed(capsys, monkeypatch):
 def test_a_demo_without_its_model_says_where_that_is(capsys, tmp_path, monkeypatch):
     assert main(["demo", "--model", str(tmp_path)]) == 1
     assert f"got '{tmp_path}'" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_had_enough_gets_no_traceback(tmp_path):
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "hybrimoe", "cache", "--folder", str(tmp_path), "--json"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+
+    assert (done.returncode, done.stderr) == (1, "")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 
@@ -35,14 +36,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         result = options.run(options)
+        if options.json:
+            print(json.dumps(result), flush=True)
+    except BrokenPipeError:  # who read the output, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 1
     except (HybriMoEError, OSError) as error:
         print(f"hybrimoe {options.command}: {error}", file=sys.stderr)
         return 2 if isinstance(error, CheckpointNotFoundError) else 1
     except KeyboardInterrupt:
         print(f"hybrimoe {options.command}: interrupted", file=sys.stderr)
         return 1
-    if options.json:
-        print(json.dumps(result))
     return int(getattr(options, "failed", False))
 
 
