@@ -1,5 +1,6 @@
 """Compiling is in no speed, what a model needs is compiled ahead, and nobody waits in silence."""
 
+import io
 import subprocess
 import sys
 import time
@@ -129,3 +130,70 @@ def test_the_first_pass_of_a_wrapped_model_compiles_nothing(device, settings):
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=280, check=True
     )
     assert done.stdout.splitlines()[-1] == "ran []"
+
+
+class Broken:
+    """A standard error that nobody reads any more."""
+
+    def write(self, text):
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+def closed():
+    stream = io.StringIO()
+    stream.close()
+    return stream
+
+
+@pytest.mark.parametrize("stderr", [None, closed(), Broken()], ids=["none", "closed", "broken"])
+def test_a_line_that_nobody_can_read_fails_no_compilation(stderr, watch, monkeypatch, capsys):
+    numba_ = Compiles(monkeypatch)
+    monkeypatch.setattr(sys, "stderr", stderr)
+    with watch.saying("long", since=watch.seconds):
+        numba_.run(watch, 0.5, 2.0)
+    assert (watch.seconds, watch.clock()) == (2.5, 0.0)
+    assert capsys.readouterr().out == ""
+
+
+POLICIES = [Need("experts", "int4", "float32"), Need("policies")]
+
+
+def beside(monkeypatch, seconds: int) -> subprocess.Popen:
+    """A process in place of the one that compiles the policies."""
+    code = f"import time; time.sleep({seconds})"
+    process = subprocess.Popen([sys.executable, "-c", code])
+    monkeypatch.setattr(warming, "_policies_aside", lambda wanted: process)
+    return process
+
+
+def test_an_interrupted_wait_leaves_no_process_behind(monkeypatch):
+    process = beside(monkeypatch, 60)
+
+    def interrupted(need):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(warming, "run_once", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        warm(POLICIES)
+    assert process.returncode is not None
+
+
+def test_a_wait_for_the_process_beside_is_not_silent(monkeypatch, capsys):
+    process = beside(monkeypatch, 1)
+    monkeypatch.setattr(warming, "SOON", 0.05)
+    monkeypatch.setattr(warming, "run_once", lambda need: None)
+    warm(POLICIES)
+    assert process.returncode == 0
+    assert capsys.readouterr().err.endswith("once per machine: 2 of 2\n")
+
+
+def test_a_frozen_application_is_not_started_again(monkeypatch):
+    started = []
+    monkeypatch.setattr(warming.plan_split._cache, "holds_any", lambda: False, raising=False)
+    monkeypatch.setattr(warming.subprocess, "Popen", lambda *a, **_: started.append(a))
+    monkeypatch.setattr(warming.launch, "cores", 2)
+    warming._policies_aside(POLICIES)
+    assert len(started) == 1
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    assert warming._policies_aside(POLICIES) is None
+    assert len(started) == 1

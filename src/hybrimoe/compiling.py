@@ -66,10 +66,16 @@ class Stopwatch(event.Listener):  # type: ignore[misc]
 
     def _speak(self) -> None:
         # A kernel compiles dozens of functions of its own, so this is called often enough.
-        notice = self._notice
-        if notice is not None and self.seconds - notice[1] > SOON:
-            self._notice = None
-            print(notice[0], file=sys.stderr, flush=True)
+        if self._notice is not None and self.seconds - self._notice[1] > SOON:
+            self.speak()
+
+    def speak(self) -> None:
+        """Write the line of `saying` now, once: the wait has become long, whoever compiles."""
+        notice, self._notice = self._notice, None
+        # Nobody may be there to read it; that is no reason for a compilation to fail.
+        with contextlib.suppress(OSError, ValueError):
+            if notice is not None and sys.stderr is not None:
+                print(notice[0], file=sys.stderr, flush=True)
 
 
 stopwatch = Stopwatch()

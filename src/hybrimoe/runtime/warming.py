@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from hybrimoe.compiling import stopwatch
+from hybrimoe.compiling import SOON, stopwatch
 from hybrimoe.kernels.activations import Gate
 from hybrimoe.kernels.layout import SUPER, expert_layout
 from hybrimoe.kernels.linear import run_linear
@@ -50,12 +50,17 @@ def warm(needs: Iterable[Need]) -> None:
     aside = _policies_aside(wanted)
     shown = ", ".join(dict.fromkeys(need.fmt for need in wanted if need.fmt)) or "the policies"
     what, since = f"compiling kernels for {shown} on {ISA_NAMES[HOST_ISA]}", stopwatch.seconds
-    for number, need in enumerate(wanted, 1):
-        text = f"hybrimoe: {what}, once per machine: {number} of {len(wanted)}"
-        with stopwatch.saying(text, since):
-            if aside is not None and need.kind == "policies":
-                aside.wait()
-            run_once(need)
+    try:
+        for number, need in enumerate(wanted, 1):
+            text = f"hybrimoe: {what}, once per machine: {number} of {len(wanted)}"
+            with stopwatch.saying(text, since):
+                if aside is not None and need.kind == "policies":
+                    _wait_for(aside)
+                run_once(need)
+    finally:
+        if aside is not None and aside.poll() is None:  # interrupted: nobody waits for it any more
+            aside.kill()
+            aside.wait()
 
 
 def compile_apart(needs: Iterable[Need]) -> Iterator[tuple[Need, float]]:
@@ -98,6 +103,14 @@ def needs_for(layers: list[tuple[str, str]], linear: str | None, shared: bool) -
     return [*needs, Need("policies")] if shared else needs
 
 
+def _wait_for(aside: subprocess.Popen[bytes]) -> None:
+    try:
+        aside.wait(SOON)
+    except subprocess.TimeoutExpired:
+        stopwatch.speak()
+        aside.wait()
+
+
 def _policies_aside(wanted: list[Need]) -> subprocess.Popen[bytes] | None:
     """A process that compiles the policies into the disk cache while this one compiles kernels.
 
@@ -105,7 +118,9 @@ def _policies_aside(wanted: list[Need]) -> subprocess.Popen[bytes] | None:
     """
     folder = getattr(plan_split._cache, "cache_path", None)
     alone = len(wanted) < 2 or launch.cores < 2 or Need("policies") not in wanted
-    if alone or folder is None or not sys.executable or plan_split._cache.holds_any():
+    # An application that was frozen into one file is its own `sys.executable`, and would start again.
+    has_python = bool(sys.executable) and not getattr(sys, "frozen", False)
+    if alone or folder is None or not has_python or plan_split._cache.holds_any():
         return None
     code = f"import sys; sys.path[:0] = {sys.path!r}; "
     code += "from hybrimoe.policy.rehearsal import rehearse; rehearse()"
