@@ -113,6 +113,50 @@ def test_a_damaged_pack_is_said_and_made_anew(name, source, store, plain):
     assert_same_pool(load(source, store), plain)
 
 
+def test_a_damaged_pack_that_cannot_be_replaced_does_not_stand_in_the_way(
+    source, store, plain, monkeypatch
+):
+    load(source, store)
+    (folder,) = kept(store)
+    (folder / "hybrimoe.json").write_text("{")
+
+    def refused(pack):
+        raise PermissionError(13, "Permission denied", "kept.json")
+
+    monkeypatch.setattr(kept_packs.Pack, "begin", refused)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=r"without its pack, which cannot be replaced: .*13"):
+            loaded = load(source, store)
+        assert_same_pool(loaded, plain)
+
+
+def test_a_pack_that_may_not_be_read_is_made_anew(source, store, plain, monkeypatch):
+    load(source, store)
+
+    def unreadable(*_):
+        raise PermissionError(13, "Permission denied", "hybrimoe.json")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(keeping, "_from_pack", unreadable)
+        with pytest.warns(UserWarning, match=r"Permission denied.*the model is packed anew"):
+            loaded = load(source, store)
+    assert_same_pool(loaded, plain)
+    assert_same_pool(load(source, store), plain)
+
+
+def test_a_pack_in_a_folder_that_may_not_be_looked_into_is_not_there(source, store, monkeypatch):
+    load(source, store)
+    (pack,) = kept_packs.packs(store)
+
+    def hidden(path, *_, **__):
+        raise PermissionError(13, "Permission denied", path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "stat", hidden)
+        is_current = pack.is_current
+    assert not is_current
+
+
 def test_a_pack_without_its_note_is_made_anew(source, store, plain):
     load(source, store)
     (folder,) = kept(store)

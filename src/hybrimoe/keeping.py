@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrimoe.config import Config
-from hybrimoe.errors import CheckpointError, CheckpointNotFoundError, ConfigError, StorageError
+from hybrimoe.errors import CheckpointError, ConfigError, StorageError
 from hybrimoe.runtime.loading.companions import origin_of
 from hybrimoe.runtime.loading.host import size_text
 from hybrimoe.runtime.loading.kept_packs import Pack, files_of, home, pack_of
@@ -48,9 +48,11 @@ def load_kept(
     if pack is not None and pack.is_current:
         try:
             return _named(_from_pack(pack, config, given, hf_kwargs, load), name)
-        except (CheckpointError, CheckpointNotFoundError) as error:
-            warnings.warn(f"{error}; the model is packed anew", stacklevel=3)
-            pack.begin()
+        except (
+            CheckpointError,
+            OSError,
+        ) as error:  # what is not the pack's fault comes again below
+            _withdraw(pack, error)
     model = load(name, config, given, hf_kwargs)
     # A repository has a revision here only once it is in the cache.
     pack = pack or _find(name, hf_kwargs, settings, folder)
@@ -107,6 +109,16 @@ def _from_pack(
     return model
 
 
+def _withdraw(pack: Pack, error: Exception) -> None:
+    """Have a pack that cannot be read made anew, where the system lets us."""
+    try:
+        pack.begin()
+        then = "the model is packed anew"
+    except OSError as refused:
+        then = f"the model is loaded without its pack, which cannot be replaced: {refused}"
+    warnings.warn(f"{error}; {then}", stacklevel=4)
+
+
 def _named(loaded: Any, name: str) -> Any:
     """The model with the name that was asked for, not that of the pack."""
     model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -125,7 +137,7 @@ def _keep(pack: Pack, model: Any, save: Callable[[Any, Path], None]) -> None:
         save(model, pack.folder)
         pack.settle()
     except (StorageError, OSError) as error:
-        if not (pack.folder / MANIFEST).exists():
+        if not os.path.exists(pack.folder / MANIFEST):  # False too where nothing may be read
             _remove_empty(pack.folder)
         warnings.warn(f"the packed model is not kept: {error}", stacklevel=4)
         return

@@ -40,7 +40,8 @@ class Pack:
     @property
     def is_current(self) -> bool:
         """Whether it is there, and was made from what the note says."""
-        return (self.folder / MANIFEST).exists() and read_note(self.folder) == self.note
+        # os.path: where the folder may not be looked into, it is not there for us.
+        return os.path.exists(self.folder / MANIFEST) and read_note(self.folder) == self.note
 
     def begin(self) -> None:
         """Until `settle`, it counts as unfinished."""
