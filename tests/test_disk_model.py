@@ -171,7 +171,7 @@ def test_a_checkpoint_is_packed_onto_the_disk_and_can_be_saved_from_there(tmp_pa
 
 def test_on_the_cpu_the_next_router_says_what_to_read(expected):
     model = hybrimoe.wrap(load(), device="cpu", ram=0.25)
-    seen, foresight = [], model.hybrimoe.pool.foresight
+    seen, foresight = [], model.hybrimoe.layers[0].foresight
     real = foresight.forecasts
     foresight.forecasts = lambda *arguments: seen.extend(real(*arguments)) or seen[-1:]
 
@@ -183,7 +183,7 @@ def test_on_the_cpu_the_next_router_says_what_to_read(expected):
 
 def test_routers_keep_nothing_of_a_call_and_lose_their_hooks(expected):
     model = hybrimoe.wrap(load(), device="cpu", ram=0.25)
-    seats = model.hybrimoe.pool.foresight.seats
+    seats = model.hybrimoe.layers[0].foresight.seats
     answer(model)
     assert all(seat._seen.args == () and seat._seen.output is None for seat in seats)
     assert any(seat.router._forward_hooks for seat in seats)

@@ -16,7 +16,6 @@ from hybrimoe.policy.presets import preset
 from hybrimoe.policy.profiles import profile, shape
 from hybrimoe.policy.routing import Load
 from hybrimoe.policy.simulator import SimExecutor
-from hybrimoe.runtime import hybrid
 from hybrimoe.runtime.devices.device import EmulatedAccelerator
 from hybrimoe.runtime.guard import CHOSEN, Guard, Trial, kind_of
 from paths import TINY_MOE
@@ -161,7 +160,7 @@ class Slow(EmulatedAccelerator):
 
 
 def test_a_model_on_a_slow_accelerator_ends_up_on_the_cpu_with_the_same_tokens(monkeypatch):
-    monkeypatch.setattr(hybrid, "cost_of", lambda *_: cost_of_tiny())
+    monkeypatch.setattr(session, "cost_of", lambda *_: cost_of_tiny())
     monkeypatch.setattr(session, "open_accelerator", lambda config: Slow(1 << 40))
     tokenizer = AutoTokenizer.from_pretrained(TINY_MOE)
     model = AutoModelForCausalLM.from_pretrained(TINY_MOE, dtype=torch.float32).eval()
@@ -179,7 +178,7 @@ def test_a_model_on_a_slow_accelerator_ends_up_on_the_cpu_with_the_same_tokens(m
 
 @pytest.mark.parametrize("settings", [{"preset": "ondemand"}, {"deterministic": True}])
 def test_what_the_user_chose_is_not_questioned(monkeypatch, settings):
-    monkeypatch.setattr(hybrid, "cost_of", lambda *_: cost_of_tiny())
+    monkeypatch.setattr(session, "cost_of", lambda *_: cost_of_tiny())
     monkeypatch.setattr(session, "open_accelerator", lambda config: Slow(1 << 40))
     model = AutoModelForCausalLM.from_pretrained(TINY_MOE, dtype=torch.float32).eval()
     hybrimoe.wrap(model, device="emulated", vram=0.25, **settings)

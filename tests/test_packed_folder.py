@@ -20,7 +20,8 @@ from transformers import (
 
 import hybrimoe
 from hybrimoe import CheckpointError, Config, ConfigError
-from hybrimoe.runtime.loading.packed_folder import METHOD, PackedFolder
+from hybrimoe.choices import METHOD
+from hybrimoe.runtime.loading.packed_folder import PackedFolder
 from paths import TINY_MOE
 from test_loading import assert_same_pool, generate
 from test_packed_files import part

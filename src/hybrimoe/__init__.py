@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         WrappedModelError,
     )
     from hybrimoe.kernels.activations import Gate
-    from hybrimoe.memory_plan import MemoryPlan
+    from hybrimoe.plan_text import MemoryPlan
     from hybrimoe.policy.routing import RoutingTrace
     from hybrimoe.policy.simulator import Result, simulate
     from hybrimoe.pretrained import from_pretrained, plan, save_packed
@@ -86,7 +86,7 @@ _HOMES = {
         "WrappedModelError",
     ),
     "hybrimoe.kernels.activations": ("Gate",),
-    "hybrimoe.memory_plan": ("MemoryPlan",),
+    "hybrimoe.plan_text": ("MemoryPlan",),
     "hybrimoe.policy.routing": ("RoutingTrace",),
     "hybrimoe.policy.simulator": ("Result", "simulate"),
     "hybrimoe.pretrained": ("from_pretrained", "plan", "save_packed"),
@@ -113,4 +113,8 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-importlib.import_module("hybrimoe.registration").announce()
+def _make_known() -> None:
+    importlib.import_module("hybrimoe.pretrained").make_known()
+
+
+importlib.import_module("hybrimoe.registration").announce(_make_known)

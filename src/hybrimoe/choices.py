@@ -7,6 +7,8 @@ name without loading numba or torch.
 WEIGHTS = ("native", "int8", "int4")
 LINEAR = ("int8", "int4")
 DEVICES = ("auto", "cpu", "cuda", "emulated")
+METHOD = "hybrimoe"
+"""What `quantization_config.quant_method` says in config.json, and `Config.quant_method`."""
 PRESETS = (
     *("hybrimoe", "hybrimoe-paper", "ktransformers", "llamacpp", "adapmoe", "fiddler"),
     *("powerinfer", "ondemand", "cpu"),

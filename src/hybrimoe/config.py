@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from dataclasses import dataclass
 from typing import Any
 
 from hybrimoe.choices import DEVICES as DEVICES
 from hybrimoe.choices import LINEAR as LINEAR
+from hybrimoe.choices import METHOD
 from hybrimoe.choices import WEIGHTS as WEIGHTS
 from hybrimoe.errors import ConfigError
 from hybrimoe.policy.engine import Policies
@@ -123,13 +123,8 @@ class Config:
 
     @property
     def quant_method(self) -> str:
-        """The name by which transformers finds our loader for `quantization_config=Config(...)`.
-
-        transformers asks for it just before it looks the name up, so the loader is made known here:
-        at import it would cost the second that transformers' quantizers take to import.
-        """
-        importlib.import_module("hybrimoe.pretrained").make_known()
-        return "hybrimoe"
+        """The name by which transformers finds our loader for `quantization_config=Config(...)`."""
+        return METHOD
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, with a schema version; policy objects do not travel."""

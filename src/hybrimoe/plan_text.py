@@ -1,16 +1,17 @@
-"""A memory plan for people: lines of text, and a table for notebooks."""
+"""A memory plan: its numbers, and how it reads as lines of text and as a table for notebooks."""
 
 from __future__ import annotations
 
 import html
 from collections import Counter
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import Any
 
+from hybrimoe.checkpoint_headers import Checkpoint
+from hybrimoe.errors import InsufficientMemoryError
 from hybrimoe.runtime.loading.host import size_text
-
-if TYPE_CHECKING:
-    from hybrimoe.memory_plan import MemoryPlan
+from hybrimoe.speed import Speed
 
 NAMES = {
     "dense": "dense weights",
@@ -20,6 +21,96 @@ NAMES = {
     "workspace": "workspace",
     "slots": "expert slots",
 }
+
+
+@dataclass(frozen=True)
+class FormatPlan:
+    """One weight format: bytes of the packed experts, of host memory, and whether it fits."""
+
+    weights: str
+    experts_bytes: int
+    peak_bytes: int
+    steady_bytes: int
+    fits: bool
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Where the bytes of a model go on this machine, and whether they fit. Bytes and seconds.
+
+    parts: dense, experts, kv_cache, activations, workspace. layers: packed experts by layer. weights:
+    how experts are kept, "mixed" where that differs; kept: the same by layer. gpu, ram: what lies
+    where once the model runs. load_peak_bytes, steady_bytes: host memory while it loads, and while
+    `context` tokens are generated; plain_bytes: what plain transformers would take; have_bytes:
+    what can be had. gpu_have_bytes: None without a GPU. traced: cache and activations were counted
+    on the model itself, not estimated. call: what to run, or what fits instead; empty where
+    nothing does.
+    """
+
+    model: str
+    family: str
+    weights: str
+    context: int
+    experts: int
+    top_k: int
+    slots: int
+    parts: dict[str, int]
+    layers: dict[str, int]
+    kept: dict[str, str]
+    gpu: dict[str, int]
+    ram: dict[str, int]
+    load_peak_bytes: int
+    steady_bytes: int
+    plain_bytes: int
+    have_bytes: int
+    have_limit: str
+    gpu_have_bytes: int | None
+    fits: bool
+    nearest: str
+    call: str
+    formats: tuple[FormatPlan, ...]
+    traced: bool
+    checkpoint: Checkpoint | None
+    speed: Speed | None
+    notes: tuple[str, ...]
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most host memory it takes, loading or running."""
+        return max(self.load_peak_bytes, self.steady_bytes)
+
+    @property
+    def gpu_bytes(self) -> int:
+        """Everything on the GPU."""
+        return sum(self.gpu.values())
+
+    def ensure_fits(self) -> MemoryPlan:
+        """Return the plan, or raise InsufficientMemoryError with need, have and what would work."""
+        if self.fits:
+            return self
+        need, have, where = self.peak_bytes, self.have_bytes, f"host memory ({self.have_limit})"
+        if need <= have:
+            need, have, where = self.gpu_bytes, self.gpu_have_bytes or 0, "GPU memory"
+        raise InsufficientMemoryError(
+            f"{self.model} with experts as {self.weights} and {self.context} tokens needs "
+            f"{size_text(need)} of {where}, {size_text(have)} can be had; {self.nearest}",
+            need=need,
+            have=have,
+            nearest=self.nearest,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain data."""
+        return asdict(self) | {"peak_bytes": self.peak_bytes, "gpu_bytes": self.gpu_bytes}
+
+    def __str__(self) -> str:
+        return as_text(self)
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(str(self))  # IPython's own would show every field
 
 
 def as_text(plan: MemoryPlan) -> str:

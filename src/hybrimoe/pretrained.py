@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from hybrimoe.config import Config
     from hybrimoe.keeping import Keep
-    from hybrimoe.memory_plan import MemoryPlan
+    from hybrimoe.plan_text import MemoryPlan
     from hybrimoe.runtime.storage.tiers import WeightsOf
     from hybrimoe.session import Runtime
 

@@ -7,33 +7,37 @@ path for the one module that holds transformers' table of quantizers, and adds a
 from __future__ import annotations
 
 import functools
-import importlib
 import sys
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from hybrimoe.runtime.loading.packed_folder import METHOD, PackedFolder, is_packed
+from hybrimoe.choices import METHOD
+from hybrimoe.runtime.loading.packed_folder import PackedFolder, is_packed
 
 TABLE = "transformers.quantizers.auto"
 
 
-def announce() -> None:
-    """Register now if transformers' quantizers are imported, else when they are."""
+def announce(make_known: Callable[[], None]) -> None:
+    """Register now if transformers' quantizers are imported, else when they are.
+
+    make_known: gives transformers the loader itself, before the first model is loaded by it.
+    """
     table = sys.modules.get(TABLE)
     if table is not None and hasattr(table, "AutoHfQuantizer"):
-        register(table)
+        register(table, make_known)
     if not any(isinstance(finder, _Waiting) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Waiting())
+        sys.meta_path.insert(0, _Waiting(make_known))
 
 
-def register(table: Any) -> None:
+def register(table: Any, make_known: Callable[[], None]) -> None:
     """Make transformers' quantizers know packed folders and ask us first; again changes nothing."""
     if METHOD in table.AUTO_QUANTIZATION_CONFIG_MAPPING:
         return
 
     def make_quantizer(config: Any, **how: Any) -> Any:
         # Ours needs much of transformers, which is not imported yet when the table is.
-        importlib.import_module("hybrimoe.pretrained").make_known()
+        make_known()
         return table.AUTO_QUANTIZER_MAPPING[METHOD](config, **how)
 
     table.AUTO_QUANTIZER_MAPPING.setdefault(METHOD, make_quantizer)
@@ -55,7 +59,9 @@ def _ask_first(table: Any) -> None:
     @functools.wraps(choose)
     def get_hf_quantizer(config: Any, given: Any, *args: Any, **how: Any) -> Any:
         if getattr(given, "quant_method", None) == METHOD:
-            importlib.import_module("hybrimoe.runtime.loading.quantizer").refuse_checkpoint(config)
+            from hybrimoe.runtime.loading.quantizer import refuse_checkpoint
+
+            refuse_checkpoint(config)
         return choose(config, given, *args, **how)
 
     table.get_hf_quantizer = get_hf_quantizer
@@ -66,6 +72,9 @@ def _ask_first(table: Any) -> None:
 
 class _Waiting:
     """A finder that finds nothing itself: it has `register` called after one module is executed."""
+
+    def __init__(self, make_known: Callable[[], None]) -> None:
+        self.make_known = make_known
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> Any:
         if name != TABLE:
@@ -78,7 +87,7 @@ class _Waiting:
 
             def execute_and_register(module: ModuleType) -> None:
                 execute(module)
-                register(module)
+                register(module, self.make_known)
 
             spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec

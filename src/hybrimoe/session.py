@@ -40,6 +40,7 @@ from hybrimoe.runtime.hybrid import Hybrid
 from hybrimoe.runtime.linears import PackedLinear, find_linears
 from hybrimoe.runtime.loading.packed_linears import StoredLinear
 from hybrimoe.runtime.lora import Folding
+from hybrimoe.runtime.measuring.pool_cost import cost_of
 from hybrimoe.runtime.measuring.stats import Stats
 from hybrimoe.runtime.places import holder_of
 from hybrimoe.runtime.pool import ExpertPool
@@ -64,12 +65,13 @@ class Runtime:
         self.config = config
         self._model = weakref.ref(model)
         self.pool = ExpertPool()
-        self.pool.folding = self.folding = Folding()
+        self.folding = Folding()
         self.pool.tier = open_tier(config, model, weights_of)
         self.layers: list[PooledExperts] = []
         self.linears: list[PackedLinear] = []
         self.norms: list[FusedNorm] = []
         self.hybrid: Hybrid | None = None
+        self._foresight: Foresight | None = None
         self.origin: Path | None = None  # the folder that it was loaded from, where that is known
         self._counters = Stats()
         self.threads = config.threads or min(torch.get_num_threads(), usable_cores())
@@ -129,6 +131,7 @@ class Runtime:
                               self._counters)
         # fmt: on
         self.layers.append(layer)
+        layer.folding = self.folding
         self.folding.layers.append(layer)
         return layer
 
@@ -160,9 +163,9 @@ class Runtime:
 
     def share(self, model: nn.Module, accelerator: Accelerator) -> None:
         """From now on, the policies divide the experts between the CPU and an accelerator."""
-        top_k = top_k_of(model)
-        kv = kv_bytes(model, self.config.max_new_tokens)
-        self.hybrid = Hybrid(self.pool, self.config, accelerator, top_k, self.threads, kv)
+        top_k, kv = top_k_of(model), kv_bytes(model, self.config.max_new_tokens)
+        cost = cost_of(self.pool, accelerator, self.threads, self.config.deterministic)
+        self.hybrid = Hybrid(self.pool, self.config, accelerator, cost, top_k, self.threads, kv)
         self.hybrid.intake.watch(seats_of(model, [layer.name for layer in self.layers]))
         for layer in self.layers:
             layer.hybrid = self.hybrid
@@ -178,7 +181,9 @@ class Runtime:
     def foresee(self, model: nn.Module) -> None:
         """From now on, routers are asked early for what to read from the disk."""
         seats = seats_of(model, [layer.name for layer in self.layers])
-        self.pool.foresight = Foresight(seats, [layer.packed.experts for layer in self.layers])
+        self._foresight = Foresight(seats, [layer.packed.experts for layer in self.layers])
+        for layer in self.layers:
+            layer.foresight = self._foresight
 
     def guard(self, model: nn.Module) -> None:
         """Refuse from now on what would break the experts, and count them where models are counted."""
@@ -218,8 +223,8 @@ class Runtime:
             hook.remove()
         if self.hybrid is not None:
             self.hybrid.intake.close()
-        if self.pool.foresight is not None:
-            self.pool.foresight.close()
+        if self._foresight is not None:
+            self._foresight.close()
         for layer in self.layers:
             if layer.early is not None:
                 layer.early.remove()

@@ -95,8 +95,3 @@ def test_real_routing_repeats_and_ids_alone_forecast_it(cut: RoutingTrace) -> No
     assert facts.overlap_by_chance == 0.5
     assert (np.diff(facts.reuse) < 0).all()
     assert facts.recall[0] > 0.5
-
-
-def test_a_trace_makes_itself() -> None:
-    ours, theirs = RoutingTrace.synthesise(2, 8, 2, tokens=5), synthesise(2, 8, 2, tokens=5)
-    assert (ours.ids == theirs.ids).all()

@@ -18,8 +18,11 @@ NOT_COMPILED = (
 )
 _OPTIONS = {"fastmath": FASTMATH, "nogil": True, "error_model": "numpy", "_nrt": False}
 _LINKED = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "pipeline_class": LinkedCompiler}
-INLINED = {"fastmath": FASTMATH, "forceinline": True, "_nrt": False} | _LINKED
-INLINED["pipeline_class"] = LoopCompiler
+INLINED = (
+    {"fastmath": FASTMATH, "forceinline": True, "_nrt": False}
+    | _LINKED
+    | {"pipeline_class": LoopCompiler}
+)
 """Options of the overloads that make up an inner loop."""
 
 

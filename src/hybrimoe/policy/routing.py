@@ -6,7 +6,7 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -166,13 +166,6 @@ class RoutingTrace:
         names = {"model": np.array(self.model), "shape": np.array(self.shape, np.int64)}
         np.savez_compressed(buffer, head=head, **names, **arrays)  # type: ignore[arg-type]
         write_atomically(Path(path), buffer.getvalue())
-
-    @staticmethod
-    def synthesise(layers: int, experts: int, top_k: int, **settings: Any) -> "RoutingTrace":
-        """Routing made up to measure; `synthesis.synthesise` says what may be set."""
-        from hybrimoe.policy.synthesis import synthesise
-
-        return synthesise(layers, experts, top_k, **settings)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "RoutingTrace":

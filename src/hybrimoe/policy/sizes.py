@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from hybrimoe.errors import ConfigError
-from hybrimoe.policy.timeline import Array
 
 UNITS = {"": 1, "b": 1} | {
     unit: size
@@ -40,9 +41,9 @@ def expert_budget(vram: int | float | str, everything: int) -> float:
     return size * everything * (1 + 1e-12) if isinstance(size, float) else size
 
 
-def expert_counts(layers: int, experts: int | Sequence[int] | Array) -> Array:
+def expert_counts(layers: int, experts: int | Sequence[int] | npt.NDArray[Any]) -> npt.NDArray[Any]:
     """[L] int64 experts of each layer, of one number for all or of one for each."""
-    counts: Array = np.asarray(experts, np.int64)
+    counts: npt.NDArray[Any] = np.asarray(experts, np.int64)
     if layers < 1 or counts.shape not in ((), (layers,)) or counts.min() < 1:
         raise ConfigError(
             f"layers and experts must be positive, got {layers} and {counts.tolist()}"

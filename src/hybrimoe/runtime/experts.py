@@ -15,10 +15,11 @@ from hybrimoe.kernels.layout import expert_layout
 from hybrimoe.kernels.moe import BlankPairsError, PackedLayer, check_arguments, run_layer
 from hybrimoe.runtime import formats, opaque
 from hybrimoe.runtime.adapters import ExpertWeights, FoundExperts
+from hybrimoe.runtime.foresight import Foresight
 from hybrimoe.runtime.frozen import refuse_training
 from hybrimoe.runtime.guards import Rooted
 from hybrimoe.runtime.hybrid import Hybrid
-from hybrimoe.runtime.lora import LayerAdapters
+from hybrimoe.runtime.lora import Folding, LayerAdapters
 from hybrimoe.runtime.measuring.stats import Stats
 from hybrimoe.runtime.pairs import check_kinds, each_alone, without_blanks
 from hybrimoe.runtime.places import exchange
@@ -42,8 +43,10 @@ class PooledExperts(Rooted):
         self.name, self.threads, self.stats, self.pool = found.name, threads, stats, pool
         self.post_norm = described.post_norm
         self.hybrid: Hybrid | None = None  # who shares the work with an accelerator, if anyone
+        self.foresight: Foresight | None = None  # who says ahead of time what to read from a disk
+        self.folding: Folding | None = None  # who packs layers anew when adapters change
         self.early: EarlyExperts | None = None  # what of the block may run meanwhile
-        self.watch: Callable[[PooledExperts, bool], None] = lambda *_: None  # told of training
+        self.watch: Callable[[str, int, bool], None] = lambda *_: None  # told of training
         # Kept out of nn.Module's registry: its parameters are not parameters of the model now.
         self.__dict__["original"] = found.module
         self.__dict__["found"] = found
@@ -141,7 +144,7 @@ class PooledExperts(Rooted):
             trained = () if torch.compiler.is_compiling() else self.adapters.trained()
             if trained or hidden_states.requires_grad or top_k_weights.requires_grad:
                 if self.training and not torch.compiler.is_compiling():
-                    self.watch(self, bool(trained))
+                    self.watch(self.name, self.index, bool(trained))
                 args = hidden_states, top_k_index, top_k_weights
                 out: Tensor = _Differentiable.apply(self, *args, *trained)
                 return out
@@ -151,8 +154,8 @@ class PooledExperts(Rooted):
 
     def compute(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """`forward` without gradients; RoutingError before anything has changed."""
-        if self.adapters.is_stale() and self.pool.folding is not None:
-            self.pool.folding.follow()
+        if self.adapters.is_stale() and self.folding is not None:
+            self.folding.follow()
         try:
             return self._routed(hidden, ids, weights)
         except BlankPairsError:
@@ -187,7 +190,7 @@ class PooledExperts(Rooted):
         return out
 
     def _run_from_disk(self, job: Job, ids: Tensor, weights: Tensor) -> None:
-        tier, foresight = self.pool.tier, self.pool.foresight
+        tier, foresight = self.pool.tier, self.foresight
         assert tier is not None
         assert foresight is not None
         try:

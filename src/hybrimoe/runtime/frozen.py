@@ -5,14 +5,11 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from torch import nn
 
 from hybrimoe.errors import WrappedModelError
-
-if TYPE_CHECKING:
-    from hybrimoe.runtime.experts import PooledExperts
 
 
 class FrozenNotice:
@@ -28,11 +25,11 @@ class FrozenNotice:
         self._what = what  # is frozen
         self._said = False
 
-    def __call__(self, layer: PooledExperts, trains_adapters: bool) -> None:
-        """layer: which runs. trains_adapters: whether LoRA on its experts wants gradients."""
+    def __call__(self, layer: str, index: int, trains_adapters: bool) -> None:
+        """layer, index: which runs. trains_adapters: whether LoRA on its experts wants gradients."""
         if trains_adapters:
-            refuse_training(layer.name)
-        if self._said or layer.index:
+            refuse_training(layer)
+        if self._said or index:
             return
         if any(parameter.requires_grad for parameter in base_parameters(self._around())):
             self._said = True

@@ -7,7 +7,7 @@ import math
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,6 @@ from torch import Tensor
 
 from hybrimoe.config import Config
 from hybrimoe.errors import ConfigError, DeviceLostError, WrappedModelError
-from hybrimoe.kernels.layout import Layout
 from hybrimoe.kernels.moe import PackedLayer
 from hybrimoe.policy.cache import Cache
 from hybrimoe.policy.cost import CostModel
@@ -31,7 +30,6 @@ from hybrimoe.runtime.devices.pinning import Pinned
 from hybrimoe.runtime.executor import TorchExecutor
 from hybrimoe.runtime.guard import Guard
 from hybrimoe.runtime.intake import Intake
-from hybrimoe.runtime.measuring.calibration import calibrated, pooled_subject, stand_in
 from hybrimoe.runtime.measuring.meter import Step
 from hybrimoe.runtime.passes import DECODE_TOKENS, Pass
 from hybrimoe.runtime.pool import ExpertPool
@@ -59,6 +57,7 @@ class Hybrid:
         pool: ExpertPool,
         config: Config,
         accelerator: Accelerator,
+        cost: CostModel,
         top_k: int,
         threads: int | None = None,
         kv: int = 0,
@@ -68,7 +67,7 @@ class Hybrid:
         layers = [layer for layer in pool.layers if layer]
         sizes = np.array([layer.experts for layer in layers])
         top_k = min(top_k, int(sizes.max()))
-        self.cost = cost_of(pool, accelerator, threads, config.deterministic)
+        self.cost = cost
         free = accelerator.free_bytes()
         kept = reserve(free or 0, kv)
         slots = slot_count(config.vram, counted(layers), free, kept)
@@ -278,38 +277,6 @@ class Hybrid:
         counts.late += self.engine.late - before[2]
         counts.gpu_experts += gpu
         counts.cpu_experts += cpu
-
-
-def cost_of(
-    pool: ExpertPool, accelerator: Accelerator, threads: int | None, deterministic: bool = False
-) -> CostModel:
-    """A cost table for the pool's experts: this machine's, if its times mean anything.
-
-    The first wrap on a machine measures it for some seconds. A shipped profile's table stands in on
-    an emulated accelerator, and where placement must not depend on measurements.
-    """
-    subject = pooled_subject(pool)
-    if deterministic or not accelerator.measured:
-        cost = stand_in(subject.layout)
-    else:
-        cost = calibrated(subject, accelerator, threads)
-    return layered(cost, subject.layout, [layer.layout for layer in pool.layers if layer])
-
-
-def layered(cost: CostModel, largest: Layout, layouts: list[Layout]) -> CostModel:
-    """The cost of the largest expert, with that of each layer's own where they differ."""
-    if set(layouts) == {largest}:
-        return cost
-    own = {
-        each: cost.scaled(each.expert_bytes, each.shards, weights_in(each) / weights_in(largest))
-        for each in set(layouts)
-    }
-    return replace(cost, layers=tuple(own[layout] for layout in layouts))
-
-
-def weights_in(layout: Layout) -> int:
-    """Weights of one expert, padding included."""
-    return (layout.matrices + 1) * layout.hidden * layout.inner
 
 
 def counted(layers: list[PackedLayer]) -> Experts:

@@ -13,22 +13,48 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from hybrimoe.errors import FormatError
 from hybrimoe.kernels.layout import has_k_types, split
+from hybrimoe.kernels.moe import PackedLayer
 from hybrimoe.runtime import deltas, formats, tuners
+from hybrimoe.runtime.adapters import ExpertWeights, FoundExperts
 from hybrimoe.runtime.deltas import Delta, Kept
-from hybrimoe.runtime.pool import checksum
+from hybrimoe.runtime.hybrid import Hybrid
+from hybrimoe.runtime.pool import ExpertPool, checksum
 from hybrimoe.runtime.tuners import Seen
 
-if TYPE_CHECKING:
-    from hybrimoe.runtime.adapters import FoundExperts
-    from hybrimoe.runtime.experts import PooledExperts
+
+class AdaptedLayer(Protocol):
+    """What of `PooledExperts` its adapters use."""
+
+    name: str
+    index: int
+    shapes: dict[str, torch.Size]
+    checksum: int
+    is_lossless: bool
+    pool: ExpertPool
+    hybrid: Hybrid | None
+    adapters: LayerAdapters
+
+    @property
+    def packed(self) -> PackedLayer:
+        """The layer's experts in the pool."""
+
+    def described(self, tensors: dict[str, Tensor]) -> ExpertWeights:
+        """`ExpertWeights` views on other tensors of the original's shapes."""
+
+    def unpacked(self, blobs: np.ndarray | None = None) -> dict[str, Tensor]:
+        """The weights that the blobs hold."""
+
+    def rewritten(self, blobs: np.ndarray | None, total: int) -> None:
+        """The packed weights have changed."""
 
 
 class Folded(NamedTuple):
@@ -54,7 +80,7 @@ class LayerAdapters:
     They are looked for where the experts hang, so that whoever adds or removes one need not tell.
     """
 
-    def __init__(self, layer: PooledExperts, found: FoundExperts) -> None:
+    def __init__(self, layer: AdaptedLayer, found: FoundExperts) -> None:
         self.layer, self.found = layer, found
         self.folded = NOTHING
         self._seen: list[Seen] | None = []  # None: something failed half way
@@ -209,7 +235,7 @@ class Folding:
     """
 
     def __init__(self) -> None:
-        self.layers: list[PooledExperts] = []
+        self.layers: list[AdaptedLayer] = []
         self._lock = threading.RLock()
 
     def follow(self) -> None:
@@ -228,7 +254,7 @@ class Folding:
 
 
 @contextmanager
-def quiet(layer: PooledExperts) -> Iterator[None]:
+def quiet(layer: AdaptedLayer) -> Iterator[None]:
     """Within the block nobody reads packed experts; behind it the accelerator begins anew."""
     hybrid = layer.hybrid
     with hybrid.lock if hybrid is not None else nullcontext():
@@ -274,7 +300,7 @@ def check_weights(name: str, fmt: str, tensors: list[Tensor]) -> None:
         formats.check_range(name, part, tensors)
 
 
-def adopt(wrapper: Any, layer: PooledExperts) -> None:
+def adopt(wrapper: Any, layer: AdaptedLayer) -> None:
     """Have a wrapper around pooled experts pass its calls on; the pool holds what it would add."""
     if has_k_types(layer.packed.fmt):
         check_weights(layer.name, layer.packed.fmt, [])

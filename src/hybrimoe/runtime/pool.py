@@ -13,8 +13,6 @@ from hybrimoe.kernels.moe import PackedLayer
 from hybrimoe.kernels.workspace import Workspace
 
 if TYPE_CHECKING:
-    from hybrimoe.runtime.foresight import Foresight
-    from hybrimoe.runtime.lora import Folding
     from hybrimoe.runtime.storage.disk import DiskTier
 
 ON_DISK = np.full((), 0xFF, np.uint8)
@@ -25,14 +23,10 @@ class ExpertPool:
     """Keeps every expert of a model exactly once, plus the buffers to compute them.
 
     tier: where the layers lie that do not fit into RAM; None if all of them do.
-    foresight: who says ahead of time what to read from there, where no accelerator's routers do.
-    folding: who packs layers anew when adapters around them change.
     """
 
     def __init__(self) -> None:
         self.tier: DiskTier | None = None
-        self.foresight: Foresight | None = None
-        self.folding: Folding | None = None
         self.layers: list[PackedLayer | None] = []
         self.workspace = Workspace()
 

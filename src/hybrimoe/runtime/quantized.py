@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from hybrimoe.choices import METHOD
 from hybrimoe.errors import UnsupportedModelError
-from hybrimoe.runtime.loading.packed_folder import METHOD
 
 PLAIN = frozenset(("F64", "F32", "F16", "BF16"))
 """Stored dtypes whose elements are the numbers themselves."""

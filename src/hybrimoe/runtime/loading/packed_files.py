@@ -29,6 +29,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from hybrimoe.choices import METHOD
 from hybrimoe.errors import CheckpointError, StorageError
 from hybrimoe.kernels.layout import is_integer
 from hybrimoe.kernels.threads import usable_cores
@@ -39,7 +40,7 @@ from hybrimoe.runtime.linears import PackedLinear
 from hybrimoe.runtime.loading.checkpoints import check_file, read_header
 from hybrimoe.runtime.loading.companions import copy_companions
 from hybrimoe.runtime.loading.packed_blobs import PAGE, file_sum, read_blob, write_blobs
-from hybrimoe.runtime.loading.packed_folder import INDEX, METHOD, MISSING_FILE
+from hybrimoe.runtime.loading.packed_folder import INDEX, MISSING_FILE
 from hybrimoe.runtime.loading.packed_linears import StoredLinear, write_linears
 from hybrimoe.runtime.loading.packed_manifest import (
     DENSE,

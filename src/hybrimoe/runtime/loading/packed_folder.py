@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hybrimoe.choices import METHOD
 from hybrimoe.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from hybrimoe.config import Config
 
-METHOD = "hybrimoe"
-"""What `quantization_config.quant_method` says in config.json, and `Config.quant_method`."""
 INDEX = "model.safetensors.index.json"
 MISSING_FILE = (
     "the weights are packed by hybrimoe, import hybrimoe before they are loaded.safetensors"

@@ -21,6 +21,7 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.logging import tqdm
 
+from hybrimoe.choices import METHOD
 from hybrimoe.config import Config
 from hybrimoe.errors import CheckpointError, ConfigError, UnsupportedModelError
 from hybrimoe.runtime import formats
@@ -31,7 +32,7 @@ from hybrimoe.runtime.loading.checkpoints import dtypes_in, examine_files
 from hybrimoe.runtime.loading.converting import PackingConverter
 from hybrimoe.runtime.loading.load_memory import ensure_fits, own_memory
 from hybrimoe.runtime.loading.missing import Missing
-from hybrimoe.runtime.loading.packed_folder import METHOD, PackedFolder
+from hybrimoe.runtime.loading.packed_folder import PackedFolder
 from hybrimoe.runtime.loading.packed_linears import StoredLinear
 from hybrimoe.runtime.loading.packed_source import PackedConfig, check_dtype, open_packed
 from hybrimoe.runtime.loading.reading import Reader
