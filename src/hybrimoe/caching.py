@@ -9,12 +9,14 @@ winner's code. Here one waits for the other.
 """
 
 import contextlib
+import functools
 import hashlib
 import os
 import pickle
+import re
 import stat
 import warnings
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +24,16 @@ from filelock import FileLock, Timeout
 from numba.core.caching import FunctionCache, NullCache
 
 Stamp = tuple[tuple[str, int, int], ...]
+PACKAGE = Path(__file__).parent
+IMPORT = re.compile(r"^from (hybrimoe[\w.]*) import (\([^)]*\)|[^\n]*)", re.MULTILINE)
 PATIENCE_S = 120.0
 """How long to wait for a process that compiles the same function, before doing it too."""
 
 
-def cache_for(function: Callable[..., Any], stamp: object) -> FunctionCache:
-    """Where the machine code of a function is kept; `stamp` is what it depends on."""
+def cache_for(function: Callable[..., Any]) -> FunctionCache:
+    """Where the machine code of a function is kept."""
     try:
-        cache = GuardedCache(function, stamp)
+        cache = GuardedCache(function, stamp_of(Path(function.__code__.co_filename)))
     except RuntimeError:  # numba found no folder it may write to
         return NullCache()
     problem = folder_problem(cache.cache_path)
@@ -39,10 +43,37 @@ def cache_for(function: Callable[..., Any], stamp: object) -> FunctionCache:
     return cache
 
 
-def sources_stamp(folder: Path, leaving_out: Container[str] = ()) -> Stamp:
-    """Name, time and size of each source in a folder, but for those named."""
-    files = sorted(file for file in folder.glob("*.py") if file.name not in leaving_out)
-    return tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+def stamp_of(file: Path) -> Stamp:
+    """Name, time and size of all sources that the compiled functions of a file may be made of.
+
+    Functions and constants of other files become part of the machine code, and numba watches only the
+    function's own. A file can only use what it imports, so these are its imports, and theirs.
+    """
+    stats = ((each.name, each.stat()) for each in sources_of(file))
+    return tuple((name, stat.st_mtime_ns, stat.st_size) for name, stat in stats)
+
+
+def sources_of(file: Path) -> list[Path]:
+    """A source and all files of this package that it imports, directly or not, in order of names."""
+    found, pending = {file}, [file]
+    while pending:
+        for imported in imports_of(pending.pop()) - found:
+            found.add(imported)
+            pending.append(imported)
+    return sorted(found)
+
+
+@functools.cache
+def imports_of(file: Path) -> set[Path]:
+    """The files of this package that a source imports when it is imported itself."""
+    found = set()
+    for module, names in IMPORT.findall(file.read_text()):
+        place = PACKAGE.joinpath(*module.split(".")[1:])
+        inside = {
+            place / f"{name.split()[0]}.py" for name in names.strip("()").split(",") if name.strip()
+        }
+        found |= {path for path in (place.with_suffix(".py"), *inside) if path.is_file()}
+    return found
 
 
 def folder_problem(path: str) -> str | None:

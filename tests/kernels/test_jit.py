@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from hybrimoe import caching
-from hybrimoe.kernels import jit
+from hybrimoe.kernels import experts, jit
 
 SOURCE = """
 from hybrimoe.kernels.jit import kernel
@@ -79,8 +79,24 @@ def test_a_missing_file_is_compiled_again(folder, suffix):
 
 def test_a_change_in_any_kernel_source_compiles_again(folder, monkeypatch):
     call(load(folder))
-    monkeypatch.setattr(jit, "_sources_stamp", lambda: "another")
+    monkeypatch.setattr(caching, "stamp_of", lambda file: "another")
     assert not call(load(folder))
+
+
+def test_a_kernel_depends_on_its_imports_and_theirs():
+    names = {path.name for path in caching.sources_of(Path(experts.__file__))}
+    assert {"experts.py", "rows.py", "k_rows.py", "dots.py", "simd.py", "layout.py"} <= names
+    assert names.isdisjoint({"moe.py", "torch_experts.py", "workspace.py"})
+
+
+def test_the_stamp_shows_that_a_source_has_changed(tmp_path, monkeypatch):
+    (tmp_path / "low.py").write_text("A = 1\n")
+    (tmp_path / "high.py").write_text("from hybrimoe.low import (\n    A as B,\n)\n")
+    monkeypatch.setattr(caching, "PACKAGE", tmp_path)
+    before = caching.stamp_of(tmp_path / "high.py")
+    (tmp_path / "low.py").write_text("A = 12\n")
+    assert [name for name, *_ in before] == ["high.py", "low.py"]
+    assert caching.stamp_of(tmp_path / "high.py") != before
 
 
 class Canary:

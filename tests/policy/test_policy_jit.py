@@ -1,6 +1,5 @@
 """Machine code of the policies is kept, and made anew when any source it depends on changes."""
 
-import ast
 import importlib.util
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import numba
 import numpy as np
 import pytest
 
+from hybrimoe import caching
 from hybrimoe.policy import jit
 
 FOLDER = Path(jit.__file__).parent
@@ -42,27 +42,17 @@ def was_kept(folder) -> bool:
 def test_a_core_is_compiled_once_per_state_of_all_sources(folder, monkeypatch):
     assert not was_kept(folder)
     assert was_kept(folder)
-    monkeypatch.setattr(jit, "_sources_stamp", lambda: "another")
+    monkeypatch.setattr(caching, "stamp_of", lambda file: "another")
     assert not was_kept(folder)
 
 
-def test_the_stamp_covers_every_source_with_machine_code():
-    stamped = {name for name, _, _ in jit._sources_stamp()}
-    every = {path.name for path in FOLDER.glob("*.py")}
-    assert stamped == every - jit.NOT_COMPILED
-    for path in FOLDER.glob("*.py"):
-        text = path.read_text()
-        assert "policy.jit" not in text or path.name in stamped, f"{path.name} is compiled"
-        assert "njit" not in text or path.name == "jit.py", f"{path.name} has a cache of its own"
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.name)
+def test_machine_code_is_cached_by_one_function_alone(path):
+    text = path.read_text()
+    assert "njit" not in text or path.name == "jit.py", f"{path.name} has a cache of its own"
 
 
-def test_no_constant_of_machine_code_comes_from_a_file_outside_the_stamp():
-    for path in FOLDER.glob("*.py"):
-        if path.name in jit.NOT_COMPILED or "policy.jit" not in path.read_text():
-            continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and f"{node.module}".startswith("hybrimoe.policy."):
-                source = f"{node.module.rsplit('.', 1)[1]}.py"
-                constants = {alias.name for alias in node.names if alias.name.isupper()}
-                rankings = {"LRU", "LFU", "MRS"}
-                assert source not in jit.NOT_COMPILED or constants <= rankings, path.name
+def test_who_compiles_nothing_makes_nothing_compile_again():
+    names = {path.name for path in caching.sources_of(FOLDER / "slots.py")}
+    assert {"slots.py", "jit.py", "timeline.py"} <= names
+    assert names.isdisjoint({"engine.py", "cache.py", "presets.py"})

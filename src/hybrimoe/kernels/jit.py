@@ -1,21 +1,13 @@
 """How every kernel is compiled, and what its cached machine code depends on."""
 
-import functools
-from pathlib import Path
-
 import numba
 
-from hybrimoe.caching import cache_for, sources_stamp
+from hybrimoe.caching import cache_for
 from hybrimoe.linking import LinkedCompiler, LoopCompiler
 
 FASTMATH = {"nsz", "arcp", "contract", "afn", "reassoc"}
 """No nnan and no ninf: a broken model must show its NaN."""
 
-NOT_COMPILED = (
-    {"reference.py", "reference_k.py", "moe.py", "workspace.py"}
-    | {f"torch_{name}.py" for name in ("experts", "k", "pairs")}
-    | {f"triton_{name}.py" for name in ("experts", "pairs", "tiles", "units")}
-)
 _OPTIONS = {"fastmath": FASTMATH, "nogil": True, "error_model": "numpy", "_nrt": False}
 _LINKED = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "pipeline_class": LinkedCompiler}
 INLINED = (
@@ -39,11 +31,5 @@ def inlined(function):
 def kernel(function):
     """Compile an entry point: machine code without the GIL, cached on disk."""
     dispatcher = numba.njit(**_OPTIONS, no_cfunc_wrapper=True)(function)
-    dispatcher._cache = cache_for(function, _sources_stamp())
+    dispatcher._cache = cache_for(function)
     return dispatcher
-
-
-@functools.cache
-def _sources_stamp():
-    # An inlined function lives in another file than its caller; numba watches only the caller's.
-    return sources_stamp(Path(__file__).parent, NOT_COMPILED)
