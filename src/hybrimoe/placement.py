@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from hybrimoe.runtime.devices import memory
+from hybrimoe.runtime.devices.memory import SPARE, Experts, reserve, slot_count
 from hybrimoe.runtime.loading.footprint import Footprint
 from hybrimoe.runtime.loading.host import HostMemory, size_text
 from hybrimoe.runtime.loading.load_memory import largest_budget
@@ -146,11 +146,11 @@ def _on_gpu(footprint: Footprint, weights: str, budget: Budget) -> tuple[int, di
         "kv_cache": forward.cache_bytes,
         "activations": footprint.activation_bytes,
     }
-    experts = memory.Experts(footprint.experts, len(footprint.layers), size)
+    experts = Experts(footprint.experts, len(footprint.layers), size)
     left = max((budget.gpu_free or 0) - footprint.dense_bytes, 0)
-    kept = memory.reserve(left, forward.cache_bytes)
-    slots = memory.slot_count(budget.vram, experts, left, kept)
-    return slots, gpu | {"slots": (slots + memory.SPARE) * size}
+    kept = reserve(left, forward.cache_bytes)
+    slots = slot_count(budget.vram, experts, left, kept)
+    return slots, gpu | {"slots": (slots + SPARE) * size}
 
 
 def _less_gpu(
