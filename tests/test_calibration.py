@@ -23,9 +23,8 @@ from hybrimoe.kernels.activations import Gate
 from hybrimoe.kernels.layout import expert_layout
 from hybrimoe.kernels.moe import PackedLayer
 from hybrimoe.policy.profiles import SHAPES, Profile
-from hybrimoe.runtime import hybrid
 from hybrimoe.runtime.devices.device import EmulatedAccelerator
-from hybrimoe.runtime.measuring import calibration, calibration_cache, probes
+from hybrimoe.runtime.measuring import calibration, calibration_cache, pool_cost, probes
 from hybrimoe.runtime.measuring.calibration import Subject, fingerprint, measure, stand_in
 from hybrimoe.runtime.pool import ExpertPool
 
@@ -236,7 +235,7 @@ def wrap_on(monkeypatch, model, accelerator, gpu_first=0.0, **settings):
         asked.append((accelerator, threads))
         return dataclasses.replace(stand_in(subject.layout), gpu_first=gpu_first)
 
-    monkeypatch.setattr(hybrid, "calibrated", calibrated)
+    monkeypatch.setattr(pool_cost, "calibrated", calibrated)
     monkeypatch.setattr(session, "open_accelerator", lambda config: accelerator)
     hybrimoe.wrap(model, device="emulated", vram=0.25, threads=1, **settings)
     return asked

@@ -8,9 +8,10 @@ import pytest
 from llvmlite import ir
 
 from hybrimoe.kernels import dots, simd
+from hybrimoe.kernels.simd import ISAS, detect_isa, runs_here
 
-HERE = [isa for isa in simd.ISAS if simd.runs_here(isa)]
-ABSENT = [isa for isa in simd.ISAS if not simd.runs_here(isa)]
+HERE = [isa for isa in ISAS if runs_here(isa)]
+ABSENT = [isa for isa in ISAS if not runs_here(isa)]
 SDOT = "llvm.aarch64.neon.sdot.v4i32.v16i8"
 SDOT_MODEL = """
 define <4 x i32> @sdot_model(<4 x i32> %total, <16 x i8> %a, <16 x i8> %b) {
@@ -105,26 +106,26 @@ def test_neon_dot_product_becomes_four_sdot_instructions(nibbles):
 
 def test_the_fastest_instruction_set_is_chosen(monkeypatch):
     monkeypatch.delenv("HYBRIMOE_ISA", raising=False)
-    assert simd.detect_isa() == HERE[0]
+    assert detect_isa() == HERE[0]
 
 
 @pytest.mark.parametrize("isa", HERE)
 def test_the_environment_may_choose_another(monkeypatch, isa):
     monkeypatch.setenv("HYBRIMOE_ISA", isa)
-    assert simd.detect_isa() == isa
+    assert detect_isa() == isa
 
 
 def test_an_unknown_instruction_set_is_refused(monkeypatch):
     monkeypatch.setenv("HYBRIMOE_ISA", "bogus")
     with pytest.raises(ValueError, match=r"HYBRIMOE_ISA must be one of avx512vnni.*got 'bogus'"):
-        simd.detect_isa()
+        detect_isa()
 
 
 @pytest.mark.parametrize("isa", ABSENT)
 def test_an_instruction_set_of_another_machine_is_refused(monkeypatch, isa):
     monkeypatch.setenv("HYBRIMOE_ISA", isa)
     with pytest.raises(ValueError, match=f"HYBRIMOE_ISA={isa} needs instructions"):
-        simd.detect_isa()
+        detect_isa()
 
 
 def test_the_portable_path_runs_everywhere():
