@@ -24,7 +24,7 @@ from hybrimoe.policy.routing import Forecast, Load
 from hybrimoe.policy.scheduler import Scheduler
 from hybrimoe.policy.timeline import Array, Timeline
 
-OURS = __name__.removesuffix("checking")  # the package whose policies are trusted
+OURS = f"{__name__.rpartition('.')[0]}."  # the package whose policies are trusted
 ROUNDING = -1e-9  # seconds: a gain that is negative by less is a difference of equals
 T = TypeVar("T")
 Owner = TypeVar("Owner", Books, Cache)
