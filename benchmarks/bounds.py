@@ -17,27 +17,18 @@ import numpy as np
 
 from hybrimoe.policy.cost import CostModel
 from hybrimoe.policy.engine import Policies
-from hybrimoe.policy.oracle import Exact, perfect_forecasts
-from hybrimoe.policy.planning import by_tokens, makespan
-from hybrimoe.policy.prefetcher import Impact, Never
+from hybrimoe.policy.plan import Plan, by_tokens, makespan, place_shards
+from hybrimoe.policy.prefetchers import Impact, Never
 from hybrimoe.policy.presets import PRESETS
 from hybrimoe.policy.profiles import PROFILES
-from hybrimoe.policy.ranking import Belady
 from hybrimoe.policy.routing import Load
-from hybrimoe.policy.scheduler import (
-    DALI,
-    Fiddler,
-    Hybrid,
-    Plan,
-    Scheduler,
-    Split,
-    Static,
-    place_shards,
-)
-from hybrimoe.policy.simulator import simulate
-from hybrimoe.policy.sources import read_trace
-from hybrimoe.policy.synthesis import synthesise
+from hybrimoe.policy.schedulers import DALI, Fiddler, Hybrid, Scheduler, Split, Static
 from hybrimoe.policy.timeline import Timeline
+from hybrimoe.simulation.belady import Belady
+from hybrimoe.simulation.foreign import read_trace
+from hybrimoe.simulation.oracle import Exact, perfect_forecasts
+from hybrimoe.simulation.simulator import simulate
+from hybrimoe.simulation.synthesis import synthesise
 from markdown import table
 from policies import DEFAULT, Half, decode_s, halves, mixtral
 

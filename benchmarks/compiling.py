@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 
-from hybrimoe.runtime.warming import Need, needs_for
+from hybrimoe.modules.warming import Need, needs_for
 from machine import describe, finish
 
 ROWS = {
@@ -35,7 +35,7 @@ QUICK = ("experts int4", "policies")
 MEASURE = """
 import json, sys, time
 from numba.core import event
-from hybrimoe.runtime.warming import Need, run_once
+from hybrimoe.modules.warming import Need, run_once
 
 class Count(event.Listener):
     functions = 0

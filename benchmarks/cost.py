@@ -14,13 +14,13 @@ from contextlib import nullcontext
 
 import numpy as np
 
-from hybrimoe.kernels.moe import run_layer
-from hybrimoe.kernels.threads import launch, usable_cores
-from hybrimoe.kernels.workspace import Workspace
+from hybrimoe.calibration.measure import measure, named_subject
+from hybrimoe.calibration.probes import MemoryTraffic
+from hybrimoe.kernels.cpu.run_layer import run_layer
+from hybrimoe.kernels.cpu.workspace import Workspace
 from hybrimoe.policy.cost import CostModel
 from hybrimoe.policy.profiles import shape
-from hybrimoe.runtime.measuring.calibration import measure, named_subject
-from hybrimoe.runtime.measuring.probes import MemoryTraffic
+from hybrimoe.simd.threads import launch, usable_cores
 from machine import describe, finish, random_layer
 
 EXPERTS = range(1, 9)

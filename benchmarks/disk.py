@@ -25,12 +25,12 @@ import torch
 import transformers
 
 import hybrimoe
-from hybrimoe.policy.ranking import LRU, MRS
-from hybrimoe.policy.routing import RoutingTrace
-from hybrimoe.runtime.pool import allocate
-from hybrimoe.runtime.releases import cache_argument, cache_in
-from hybrimoe.runtime.storage.disk import DiskTier
-from hybrimoe.runtime.storage.reader import Reader
+from hybrimoe.models.releases import cache_argument, cache_in
+from hybrimoe.policy.rankings import LRU, MRS
+from hybrimoe.runtime.disk.reader import Reader
+from hybrimoe.runtime.disk.tier import DiskTier
+from hybrimoe.runtime.pages import allocate
+from hybrimoe.simulation.trace import RoutingTrace
 from machine import describe, finish
 from markdown import table
 from replay import generated_model, made_up, replay

@@ -17,11 +17,12 @@ import numpy as np
 
 from hybrimoe.policy.cache import Cache
 from hybrimoe.policy.presets import PRESETS
-from hybrimoe.policy.ranking import LFU, LRU, LRU2, MRS, Belady, NextToken, Ranking, Static
-from hybrimoe.policy.recording import merge
-from hybrimoe.policy.routing import RoutingTrace
-from hybrimoe.policy.simulator import simulate
-from hybrimoe.policy.synthesis import hit_rate
+from hybrimoe.policy.rankings import LFU, LRU, LRU2, MRS, NextToken, Ranking, Static
+from hybrimoe.simulation.belady import Belady
+from hybrimoe.simulation.recorder import merge
+from hybrimoe.simulation.simulator import simulate
+from hybrimoe.simulation.synthesis import hit_rate
+from hybrimoe.simulation.trace import RoutingTrace
 from markdown import table
 
 MODEL = Path(__file__).parents[1] / "tests" / "assets" / "tiny-moe"
@@ -35,8 +36,8 @@ def record_domains(tokens: int) -> dict[str, RoutingTrace]:
     import torch
 
     import hybrimoe
-    from hybrimoe.commands import load_model
-    from hybrimoe.runtime.releases import cache_argument, cache_in
+    from hybrimoe.cli.demo import load_model
+    from hybrimoe.models.releases import cache_argument, cache_in
 
     model, tokenizer = load_model(MODEL, "MODEL")
     texts = json.loads((MODEL / "held_out.json").read_text(encoding="utf-8"))

@@ -26,7 +26,7 @@ import gpu_checks
 import gpu_speed
 from gpu_models import SHAPES
 from gpu_sections import Section, Sections
-from hybrimoe.kernels import triton_experts
+from hybrimoe.kernels.gpu import triton_experts
 from machine import describe, finish
 
 RESULTS = Path(__file__).parent / "results" / "gpu.json"

@@ -12,11 +12,11 @@ import hybrimoe
 from gpu_models import build, reshare, wrapped
 from gpu_sections import Section
 from hybrimoe import session
-from hybrimoe.kernels import torch_experts
-from hybrimoe.kernels.torch_pairs import Slots, pairs_of
+from hybrimoe.kernels.gpu import torch_experts
+from hybrimoe.kernels.gpu.pairs import Slots, pairs_of
 from hybrimoe.policy.presets import PRESETS
 from hybrimoe.runtime.devices.cuda import TorchAccelerator
-from hybrimoe.runtime.devices.device import EmulatedAccelerator
+from hybrimoe.runtime.devices.emulated import EmulatedAccelerator
 from machine import random_layer
 
 E, K, D, F = 32, 4, 128, 96  # as in the tiny models: the same kernels are compiled once

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, DeepseekV2Config, Qwen3MoeConfig
 
 import hybrimoe
 from hybrimoe import session
-from hybrimoe.runtime.releases import cache_argument, cache_in
+from hybrimoe.models.releases import cache_argument, cache_in
 
 TEMPLATE = 16_777_213  # a prime: no two rows begin at the same place
 RANDOM_FILLS = ("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "xavier_uniform_")

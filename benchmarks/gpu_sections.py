@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hybrimoe.policy.cost import write_atomically
+from hybrimoe.files import write_atomically
 
 
 class Section:

@@ -11,11 +11,11 @@ from accelerate.hooks import remove_hook_from_module
 
 from gpu_models import SHAPES, Passes, build, reshare, synchronize, wrapped
 from gpu_sections import Section
-from hybrimoe.kernels.threads import launch
+from hybrimoe.models.adapters import find_experts
 from hybrimoe.policy.cost import CostModel
 from hybrimoe.policy.presets import PRESETS
 from hybrimoe.policy.timeline import Lane, Span
-from hybrimoe.runtime.adapters import find_experts
+from hybrimoe.simd.threads import launch
 from machine import ReadBandwidth
 
 LANES = ("CPU", "GPU", "LINK")

@@ -14,9 +14,9 @@ import time
 import numpy as np
 import torch
 
-from hybrimoe.kernels.moe import run_layer
-from hybrimoe.kernels.threads import launch
-from hybrimoe.kernels.workspace import Workspace
+from hybrimoe.kernels.cpu.run_layer import run_layer
+from hybrimoe.kernels.cpu.workspace import Workspace
+from hybrimoe.simd.threads import launch
 from machine import ReadBandwidth, describe, finish, random_layer, routing
 
 SHAPES = {  # name: (D, F, top-k, bias)

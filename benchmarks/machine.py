@@ -10,14 +10,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hybrimoe.kernels.activations import Gate
-from hybrimoe.kernels.jit import inner, kernel
-from hybrimoe.kernels.layout import expert_layout
-from hybrimoe.kernels.moe import HOST_ISA, PackedLayer
-from hybrimoe.kernels.simd import take
-from hybrimoe.kernels.threads import fork_join, launch
-from hybrimoe.runtime.measuring.random_experts import fill_random
-from hybrimoe.runtime.pool import allocate_blobs
+from hybrimoe.calibration.random_experts import fill_random
+from hybrimoe.formats.gate import Gate
+from hybrimoe.formats.layout import expert_layout
+from hybrimoe.kernels.cpu.run_layer import PackedLayer
+from hybrimoe.runtime.pages import allocate_blobs
+from hybrimoe.simd.isa import HOST_ISA
+from hybrimoe.simd.jit import inner, kernel
+from hybrimoe.simd.threads import fork_join, launch
+from hybrimoe.simd.vectors import take
 
 
 def describe(threads: int | None = None) -> dict:

@@ -27,21 +27,21 @@ import torch
 from torch import nn
 
 from hybrimoe.config import Config
-from hybrimoe.kernels import moe
+from hybrimoe.kernels.cpu import run_layer as moe
+from hybrimoe.modules.pooled_experts import PooledExperts
 from hybrimoe.policy.cache import Cache
 from hybrimoe.policy.engine import Engine
-from hybrimoe.policy.forecaster import Markov
+from hybrimoe.policy.forecasts import Markov
+from hybrimoe.policy.prediction import SimExecutor
 from hybrimoe.policy.presets import preset
 from hybrimoe.policy.profiles import Shape, profile
-from hybrimoe.policy.simulator import SimExecutor
-from hybrimoe.policy.synthesis import synthesise
 from hybrimoe.policy.timeline import Lane
 from hybrimoe.runtime import executor as shared
-from hybrimoe.runtime.devices.device import EmulatedAccelerator
-from hybrimoe.runtime.experts import PooledExperts
-from hybrimoe.runtime.hybrid import Hybrid
-from hybrimoe.runtime.measuring.stats import Stats
+from hybrimoe.runtime.coordinator import Hybrid
+from hybrimoe.runtime.counters import Stats
+from hybrimoe.runtime.devices.emulated import EmulatedAccelerator
 from hybrimoe.runtime.pool import ExpertPool
+from hybrimoe.simulation.synthesis import synthesise
 from machine import describe, finish, random_layer
 
 D, F, E, K = 2048, 768, 64, 8
@@ -201,8 +201,8 @@ import time, sys
 sys.path.insert(0, {folder!r})
 import numpy as np, torch
 from machine import random_layer
-from hybrimoe.kernels.moe import run_layer
-from hybrimoe.kernels.workspace import Workspace
+from hybrimoe.kernels.cpu.run_layer import run_layer
+from hybrimoe.kernels.cpu.workspace import Workspace
 layer = random_layer("int4", 8, 256, 256)
 x = np.zeros((1, 256), np.float32)
 start = time.perf_counter()

@@ -11,14 +11,13 @@ import time
 import numpy as np
 import torch
 
-from hybrimoe.kernels.activations import Gate
-from hybrimoe.kernels.ggml import Q4_0, Q4_K, Q5_K, Q6_K, Q8_0, relay_experts
-from hybrimoe.kernels.ggml_k import FORMATS, relay_k
-from hybrimoe.kernels.layout import expert_layout
-from hybrimoe.kernels.threads import launch
-from hybrimoe.runtime.adapters import ExpertWeights
-from hybrimoe.runtime.formats import pack, unpack
-from hybrimoe.runtime.pool import allocate_blobs
+from hybrimoe.formats.gate import Gate
+from hybrimoe.formats.layout import expert_layout
+from hybrimoe.kernels.cpu.relay import Q4_0, Q4_K, Q5_K, Q6_K, Q8_0, relay_experts
+from hybrimoe.kernels.cpu.relay_k import FORMATS, relay_k
+from hybrimoe.models.weights import ExpertWeights, pack, unpack
+from hybrimoe.runtime.pages import allocate_blobs
+from hybrimoe.simd.threads import launch
 from machine import describe, finish
 
 D, F = 2048, 768

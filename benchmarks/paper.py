@@ -16,15 +16,15 @@ from pathlib import Path
 import numpy as np
 
 from hybrimoe.policy.engine import Policies
-from hybrimoe.policy.prefetcher import Never
+from hybrimoe.policy.prefetchers import Never
 from hybrimoe.policy.presets import PRESETS
 from hybrimoe.policy.profiles import A6000, Profile
-from hybrimoe.policy.ranking import LRU, MRS, Static
-from hybrimoe.policy.routing import RoutingTrace
-from hybrimoe.policy.scheduler import Hybrid
-from hybrimoe.policy.scheduler import Static as Resident
-from hybrimoe.policy.simulator import simulate
-from hybrimoe.policy.synthesis import hit_rate, synthesise
+from hybrimoe.policy.rankings import LRU, MRS, Static
+from hybrimoe.policy.schedulers import Hybrid
+from hybrimoe.policy.schedulers import Static as Resident
+from hybrimoe.simulation.simulator import simulate
+from hybrimoe.simulation.synthesis import hit_rate, synthesise
+from hybrimoe.simulation.trace import RoutingTrace
 from markdown import table
 
 # name: layers, experts, top-k, the paper's LRU hit rate at 25 %
@@ -322,7 +322,7 @@ def main() -> None:
 
 
 def _plot(rows: list[dict], folder: Path) -> None:
-    from hybrimoe import plots
+    from hybrimoe.simulation import plots
 
     kept = [r for r in rows if r["paper"] is not None and r["phase"] == "decode"]
     figure = plots.draw_beside(

@@ -16,7 +16,7 @@ import torch
 import transformers
 
 import hybrimoe
-import hybrimoe.speed
+import hybrimoe.memory.speed
 from machine import describe, finish
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
@@ -57,9 +57,12 @@ def main() -> None:
 def compare(folder: Path, names: list[str], formats: list[str]) -> list[dict]:
     """Every model in every format, before a calibration and after it."""
     cases = [(name, write(folder / name, MODELS[name]), fmt) for name in names for fmt in formats]
-    kept, hybrimoe.speed.kept = hybrimoe.speed.kept, lambda key: None  # as if none were kept
+    kept, hybrimoe.memory.speed.kept = (
+        hybrimoe.memory.speed.kept,
+        lambda key: None,
+    )  # as if none were kept
     guessed = [hybrimoe.plan(path, weights=fmt).speed.decode_tokens_s for _, path, fmt in cases]
-    hybrimoe.speed.kept = kept
+    hybrimoe.memory.speed.kept = kept
     for fmt in formats:
         hybrimoe.calibrate(weights=fmt)
     known = [hybrimoe.plan(path, weights=fmt).speed for _, path, fmt in cases]

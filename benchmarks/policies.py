@@ -16,17 +16,18 @@ from pathlib import Path
 
 import numpy as np
 
+from hybrimoe.cli.traces import shorten
 from hybrimoe.policy.engine import Policies
-from hybrimoe.policy.prefetcher import Never, NextLayer
+from hybrimoe.policy.prefetchers import Never, NextLayer
 from hybrimoe.policy.presets import PRESETS
 from hybrimoe.policy.profiles import PROFILES
-from hybrimoe.policy.ranking import LFU, LRU, LRU2, MRS, Belady, NextToken, Ranking
-from hybrimoe.policy.routing import RoutingTrace
-from hybrimoe.policy.scheduler import DALI, Fiddler, Hybrid
-from hybrimoe.policy.simulator import simulate
-from hybrimoe.policy.sources import from_fractions, read_trace
-from hybrimoe.policy.synthesis import hit_rate
-from hybrimoe.simulation_commands import shorten
+from hybrimoe.policy.rankings import LFU, LRU, LRU2, MRS, NextToken, Ranking
+from hybrimoe.policy.schedulers import DALI, Fiddler, Hybrid
+from hybrimoe.simulation.belady import Belady
+from hybrimoe.simulation.foreign import from_fractions, read_trace
+from hybrimoe.simulation.simulator import simulate
+from hybrimoe.simulation.synthesis import hit_rate
+from hybrimoe.simulation.trace import RoutingTrace
 from markdown import table
 
 RESIDENCY = (0.25, 0.5, 0.75)
@@ -260,7 +261,7 @@ def tiny_cells(path: Path) -> dict[str, Half]:
 
 
 def _plot(found: dict[float, dict[str, tuple[float, float]]], folder: Path) -> None:
-    from hybrimoe import plots
+    from hybrimoe.simulation import plots
 
     kept = {
         "Belady": "Belady, per layer",

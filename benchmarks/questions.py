@@ -16,16 +16,17 @@ from pathlib import Path
 import numpy as np
 
 from hybrimoe.policy.cost import CostModel
-from hybrimoe.policy.oracle import perfect_forecasts
-from hybrimoe.policy.prefetcher import Never
+from hybrimoe.policy.plan import Plan, place_shards
+from hybrimoe.policy.prefetchers import Never
 from hybrimoe.policy.presets import PRESETS
 from hybrimoe.policy.profiles import PROFILES
-from hybrimoe.policy.ranking import MRS, Books, Ranking
+from hybrimoe.policy.rankings import MRS, Books, Ranking
 from hybrimoe.policy.routing import Load
-from hybrimoe.policy.scheduler import Plan, Scheduler, Split, place_shards
-from hybrimoe.policy.sources import read_trace
-from hybrimoe.policy.synthesis import synthesise
+from hybrimoe.policy.schedulers import Scheduler, Split
 from hybrimoe.policy.timeline import Timeline
+from hybrimoe.simulation.foreign import read_trace
+from hybrimoe.simulation.oracle import perfect_forecasts
+from hybrimoe.simulation.synthesis import synthesise
 from markdown import table
 from policies import DEFAULT, Half, decode_s, halves, mixtral
 

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import hybrimoe
-from hybrimoe.policy.routing import RoutingTrace
-from hybrimoe.policy.synthesis import synthesise
+from hybrimoe.simulation.synthesis import synthesise
+from hybrimoe.simulation.trace import RoutingTrace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import generated

@@ -19,7 +19,7 @@ from hypothesis import Phase, settings
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizer
 from transformers.utils import logging
 
-from hybrimoe.runtime.releases import warn_if_untested
+from hybrimoe.models.releases import warn_if_untested
 from paths import TINY_MOE
 
 logging.disable_progress_bar()

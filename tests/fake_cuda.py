@@ -71,4 +71,4 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     # Installed or not, Triton has nothing to launch on.
-    monkeypatch.setattr("hybrimoe.kernels.triton_experts.available", lambda: False)
+    monkeypatch.setattr("hybrimoe.kernels.gpu.triton_experts.available", lambda: False)

@@ -16,7 +16,7 @@ from transformers import (
 
 import gguf_files
 import hybrimoe
-from hybrimoe import CheckpointError
+from hybrimoe.errors import CheckpointError
 
 NAME = "model.gguf"
 TOKENS = torch.arange(1, 19).view(2, 9)

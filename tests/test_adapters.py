@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 import hybrimoe
-from hybrimoe import ExpertWeights, Gate, UnsupportedModelError
-from hybrimoe.runtime import adapters
-from hybrimoe.runtime.adapters import find_gate
+from hybrimoe.errors import UnsupportedModelError
+from hybrimoe.formats.gate import Gate
+from hybrimoe.models import adapters
+from hybrimoe.models.gates import find_gate
+from hybrimoe.models.weights import ExpertWeights
 from parity import nmse, violation
 
 SILU, GELU, GELU_TANH, RELU, RELU2 = range(5)

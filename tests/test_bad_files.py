@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 import corpus
 import hybrimoe
-from hybrimoe import CheckpointError
-from hybrimoe.runtime.loading.checkpoints import examine_files, examine_folder, read_header
+from hybrimoe.errors import CheckpointError
+from hybrimoe.sources.safetensors import examine_files, examine_folder, read_header
 from paths import TINY_MOE
 
 needs_pipes = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="links and pipes of POSIX")
@@ -69,7 +69,7 @@ CODE = """
 import json, resource, sys, time
 from pathlib import Path
 from hybrimoe.errors import CheckpointError
-from hybrimoe.runtime.loading.checkpoints import examine_folder
+from hybrimoe.sources.safetensors import examine_folder
 
 def used():
     return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

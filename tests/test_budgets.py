@@ -12,8 +12,9 @@ import families
 import hybrimoe
 from hybrimoe import session
 from hybrimoe.errors import ConfigError
-from hybrimoe.runtime.devices.device import EmulatedAccelerator
-from hybrimoe.runtime.devices.memory import (
+from hybrimoe.models.releases import cache_in
+from hybrimoe.runtime.devices.emulated import EmulatedAccelerator
+from hybrimoe.runtime.slot_budget import (
     KV_TOKEN,
     SPARE,
     Experts,
@@ -22,7 +23,6 @@ from hybrimoe.runtime.devices.memory import (
     reserve,
     slot_count,
 )
-from hybrimoe.runtime.releases import cache_in
 from small_model import EXPERTS, GIB, LAYERS, SLOT, load_small, tokens, wrap_on
 
 

@@ -11,21 +11,19 @@ import pytest
 import torch
 
 import hybrimoe
-from hybrimoe import calibration_commands, session
-from hybrimoe.cli import main
-from hybrimoe.errors import (
-    ConfigError,
-    InsufficientMemoryError,
-    ProfileError,
-    WrappedModelError,
-)
-from hybrimoe.kernels.activations import Gate
-from hybrimoe.kernels.layout import expert_layout
-from hybrimoe.kernels.moe import PackedLayer
+from hybrimoe import session
+from hybrimoe.calibration import measure as calibration
+from hybrimoe.calibration import pool_cost, probes
+from hybrimoe.calibration import store as calibration_cache
+from hybrimoe.calibration.measure import Subject, fingerprint, measure, stand_in
+from hybrimoe.cli import calibrate as calibration_commands
+from hybrimoe.cli.main import main
+from hybrimoe.errors import ConfigError, InsufficientMemoryError, ProfileError, WrappedModelError
+from hybrimoe.formats.gate import Gate
+from hybrimoe.formats.layout import expert_layout
+from hybrimoe.kernels.cpu.run_layer import PackedLayer
 from hybrimoe.policy.profiles import SHAPES, Profile
-from hybrimoe.runtime.devices.device import EmulatedAccelerator
-from hybrimoe.runtime.measuring import calibration, calibration_cache, pool_cost, probes
-from hybrimoe.runtime.measuring.calibration import Subject, fingerprint, measure, stand_in
+from hybrimoe.runtime.devices.emulated import EmulatedAccelerator
 from hybrimoe.runtime.pool import ExpertPool
 
 LATENCY_S, LINK = 10e-6, 2e9

@@ -11,9 +11,9 @@ import warnings
 import huggingface_hub
 import pytest
 
+from hybrimoe.calibration import store as calibration_cache
+from hybrimoe.calibration.store import Measured, cached, file_of, kept
 from hybrimoe.policy.cost import CostModel
-from hybrimoe.runtime.measuring import calibration_cache
-from hybrimoe.runtime.measuring.calibration_cache import Measured, cached, file_of, kept
 
 KEY = {"cpu": "abacus", "threads": 2}
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks to kill the writer")

@@ -9,14 +9,14 @@ import pytest
 
 import hybrimoe
 from hybrimoe import choices
-from hybrimoe.cli import main
+from hybrimoe.cli.main import main
 from hybrimoe.policy import presets, profiles
 from paths import TINY_MOE
 
 TRACE = TINY_MOE.parent / "traces" / "gptoss20b_cut.npz"
 LOADED = """
 import sys
-from hybrimoe.cli import main
+from hybrimoe.cli.main import main
 code = None
 try:
     code = main(sys.argv[1:])
@@ -76,7 +76,8 @@ def idle(monkeypatch):
     def never(*_, **__):
         pytest.fail("the work must not start")
 
-    for name in ("policy.simulator.simulate", "policy.sources.read_trace", "record", "calibrate"):
+    replays = "simulation.simulator.simulate", "simulation.foreign.read_trace"
+    for name in (*replays, "record", "calibrate"):
         monkeypatch.setattr(f"hybrimoe.{name}", never)
 
 
@@ -113,8 +114,8 @@ def test_a_figure_that_cannot_be_drawn_is_said_first(number, idle, capsys, tmp_p
     assert main(commands(tmp_path / "x.docx")[number]) == 1
     assert "must end in one of" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.delitem(sys.modules, "hybrimoe.plots", raising=False)
-    monkeypatch.delattr(hybrimoe, "plots", raising=False)
+    monkeypatch.delitem(sys.modules, "hybrimoe.simulation.plots", raising=False)
+    monkeypatch.delattr("hybrimoe.simulation.plots", raising=False)
     assert main(commands(tmp_path / "x.png")[number]) == 1
     assert "pip install 'hybrimoe[plot]'" in capsys.readouterr().err
 
@@ -128,8 +129,8 @@ def test_files_that_are_missing_are_named(capsys, tmp_path):
 
 
 def test_the_demo_says_what_was_saved_gained_and_changed(capsys, monkeypatch):
-    monkeypatch.setattr("hybrimoe.commands.TIMED_TOKENS", 4)
-    monkeypatch.setattr("hybrimoe.commands.ROUNDS", 1)
+    monkeypatch.setattr("hybrimoe.cli.demo.TIMED_TOKENS", 4)
+    monkeypatch.setattr("hybrimoe.cli.demo.ROUNDS", 1)
     assert main(["demo", "--tokens", "4", "--json"]) == 0
     out, err = capsys.readouterr()
     found = json.loads(out.splitlines()[-1])

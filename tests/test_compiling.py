@@ -10,11 +10,11 @@ import pytest
 import torch
 from numba.core import event
 
-from hybrimoe import compiling
-from hybrimoe.compiling import Stopwatch, stopwatch
-from hybrimoe.runtime import warming
-from hybrimoe.runtime.measuring.stats import Stats
-from hybrimoe.runtime.warming import Need, needs_for, warm
+from hybrimoe.modules import warming
+from hybrimoe.modules.warming import Need, needs_for, warm
+from hybrimoe.runtime.counters import Stats
+from hybrimoe.simd import stopwatch as compiling
+from hybrimoe.simd.stopwatch import Stopwatch, stopwatch
 from paths import TINY_MOE
 
 FIRST_PASS = """

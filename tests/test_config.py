@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybrimoe import Config, ConfigError
-from hybrimoe.config import parse_size
+from hybrimoe.config import Config
+from hybrimoe.errors import ConfigError
+from hybrimoe.sizes import parse_size
 
 FIELDS = ", ".join(field.name for field in dataclasses.fields(Config))
 CPU_ONLY = "needs an accelerator, but device='cpu' runs every expert on the CPU; leave it out, got"

@@ -9,7 +9,7 @@ from transformers import Trainer, TrainingArguments
 
 import hybrimoe
 from adapted import IDS, bare, bits, expected, filled, logits, same
-from hybrimoe import WrappedModelError
+from hybrimoe.errors import WrappedModelError
 from parity import nmse
 
 LOSSY = pytest.mark.filterwarnings("ignore:the .* were stored as")

@@ -5,14 +5,13 @@ import pytest
 import torch
 
 import fake_cuda
-from hybrimoe.kernels import torch_experts
-from hybrimoe.kernels.activations import Gate
-from hybrimoe.kernels.layout import expert_layout
-from hybrimoe.kernels.moe import PackedLayer
-from hybrimoe.kernels.torch_pairs import Slots, pairs_of
-from hybrimoe.runtime.adapters import ExpertWeights
+from hybrimoe.formats.gate import Gate
+from hybrimoe.formats.layout import expert_layout
+from hybrimoe.kernels.cpu.run_layer import PackedLayer
+from hybrimoe.kernels.gpu import torch_experts
+from hybrimoe.kernels.gpu.pairs import Slots, pairs_of
+from hybrimoe.models.weights import ExpertWeights, pack
 from hybrimoe.runtime.devices.cuda import TorchAccelerator
-from hybrimoe.runtime.formats import pack
 
 D, F, E = 64, 96, 4
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hybrimoe.runtime.deltas import Delta, add, keep, subtract
+from hybrimoe.models.deltas import Delta, add, keep, subtract
 
 
 def weights(shape, dtype, seed=0):

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 import hybrimoe
-from hybrimoe import accelerators, session
+from hybrimoe import session
 from hybrimoe.errors import InsufficientMemoryError
 from hybrimoe.policy.presets import PRESETS
-from hybrimoe.runtime.devices.device import EmulatedAccelerator
-from hybrimoe.runtime.devices.memory import SPARE
+from hybrimoe.runtime.devices import open as accelerators
+from hybrimoe.runtime.devices.emulated import EmulatedAccelerator
+from hybrimoe.runtime.slot_budget import SPARE
 from small_model import GIB, LAYERS, SLOT, Fails, load_small, tokens, wrap_on
 
 

@@ -18,8 +18,8 @@ from hybrimoe.errors import ConfigError, DiskReadError, PolicyError
 from hybrimoe.policy.cache import Cache
 from hybrimoe.policy.routing import Forecast
 from hybrimoe.policy.timeline import Lane
-from hybrimoe.runtime.storage.reader import Reader
-from hybrimoe.runtime.storage.tier_sizes import tier_sizes
+from hybrimoe.runtime.disk.reader import Reader
+from hybrimoe.runtime.disk.sizes import tier_sizes
 from test_reader import readers
 from tiers import EXPERTS, LAYERS, TOP_K, Disk, in_ram, make_job, make_tier
 
@@ -325,7 +325,7 @@ def test_a_failing_forecast_is_raised_only_if_it_is_needed(tier):
 
 
 def test_a_lost_thread_is_raised_and_the_tier_works_afterwards(tier, monkeypatch):
-    monkeypatch.setattr("hybrimoe.runtime.storage.reader.LOOK_S", 0.01)
+    monkeypatch.setattr("hybrimoe.runtime.disk.reader.LOOK_S", 0.01)
     found, disk = tier(4)
     job = make_job(disk, 0, [[0, 1]])
     with monkeypatch.context() as patch:

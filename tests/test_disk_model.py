@@ -17,10 +17,10 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 import hybrimoe
-from hybrimoe import Config
+from hybrimoe.config import Config
 from hybrimoe.errors import ConfigError, DiskReadError, StorageError
-from hybrimoe.runtime.loading.packed_files import describe
-from hybrimoe.runtime.storage import backing
+from hybrimoe.runtime.disk import file as backing
+from hybrimoe.sources.packed.files import describe
 from paths import TINY_MOE
 from test_reader import readers
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from numba.core.caching import NullCache
 
-from hybrimoe import doctor
-from hybrimoe.cli import main
-from hybrimoe.kernels.experts import run_experts
-from hybrimoe.kernels.threads import launch, usable_cores
+from hybrimoe.cli import doctor
+from hybrimoe.cli.main import main
+from hybrimoe.kernels.cpu.experts import run_experts
+from hybrimoe.simd.threads import launch, usable_cores
 
 KEYS = {"name", "state", "text", "advice"}
 

@@ -7,7 +7,7 @@ from accelerate import cpu_offload, dispatch_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import hybrimoe
-from hybrimoe import UnsupportedModelError
+from hybrimoe.errors import UnsupportedModelError
 from paths import TINY_MOE
 
 TEXTS = ("def main(", "import os", "In the beginning")

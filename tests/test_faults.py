@@ -11,9 +11,9 @@ from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import hybrimoe
-from hybrimoe import accelerators
 from hybrimoe.errors import DeviceLostError, InsufficientMemoryError
-from hybrimoe.runtime.devices.device import EmulatedAccelerator
+from hybrimoe.runtime.devices import open as accelerators
+from hybrimoe.runtime.devices.emulated import EmulatedAccelerator
 from paths import TINY_MOE
 from small_model import Fails, load_small, tokens, wrap_on
 
@@ -211,8 +211,9 @@ def test_stopping_early_holds_no_slot(monkeypatch, model, expected, preset, coun
 INTERRUPTED = """
 import os, random, signal, sys, threading, time, warnings
 import torch, transformers, hybrimoe
-from hybrimoe import accelerators, session
-from hybrimoe.runtime.devices.device import EmulatedAccelerator
+from hybrimoe.runtime.devices import open as accelerators
+from hybrimoe import session
+from hybrimoe.runtime.devices.emulated import EmulatedAccelerator
 transformers.utils.logging.set_verbosity_error()
 model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], num_hidden_layers=3).eval()
 session.open_accelerator = lambda config: EmulatedAccelerator(bandwidth=2e9)

@@ -15,19 +15,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig, Qwen3
 import gguf_files
 import hybrimoe
 import processes
-from hybrimoe import (
+from hybrimoe.config import Config
+from hybrimoe.errors import (
     CheckpointError,
     CheckpointNotFoundError,
-    Config,
     ConfigError,
     FormatError,
     UnsupportedModelError,
 )
-from hybrimoe.kernels.activations import Gate
-from hybrimoe.kernels.layout import expert_layout
-from hybrimoe.runtime import formats
-from hybrimoe.runtime.adapters import ExpertWeights
-from hybrimoe.runtime.loading.gguf_experts import ExpertsReader
+from hybrimoe.formats.gate import Gate
+from hybrimoe.formats.layout import expert_layout
+from hybrimoe.models import weights as formats
+from hybrimoe.models.weights import ExpertWeights
+from hybrimoe.sources.gguf.experts import ExpertsReader
 from paths import TINY_MOE
 
 pytestmark = pytest.mark.filterwarnings("ignore:the experts were stored as")
@@ -346,7 +346,7 @@ def test_plain_numbers_beside_quantized_ones_are_rounded_to_int8(write_small, ca
 
 def spoil(folder: Path, change) -> None:
     """Change the first block of blk.1.ffn_up_exps.weight."""
-    from hybrimoe.runtime.loading.gguf_parts import read_gguf
+    from hybrimoe.sources.gguf.parts import read_gguf
 
     path = folder / "model.gguf"
     at = read_gguf(path, folder).tensors["blk.1.ffn_up_exps.weight"].offset

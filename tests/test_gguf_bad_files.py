@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 import hybrimoe
 from gguf_corpus import ARCHITECTURE, CASES, HANG, U32, aligned, array, file, tensor, value
 from gguf_corpus import number as u32
-from hybrimoe import CheckpointError
-from hybrimoe.runtime.loading.gguf_check import GgufHeader
-from hybrimoe.runtime.loading.gguf_parts import read_gguf
+from hybrimoe.errors import CheckpointError
+from hybrimoe.sources.gguf.header import GgufHeader
+from hybrimoe.sources.gguf.parts import read_gguf
 
 
 def test_the_corpus_is_large_enough():
@@ -39,8 +39,8 @@ CODE = """
 import json, resource, sys, time
 from pathlib import Path
 from hybrimoe.errors import CheckpointError
-from hybrimoe.runtime.loading.gguf_check import GgufHeader
-from hybrimoe.runtime.loading.gguf_parts import read_gguf
+from hybrimoe.sources.gguf.header import GgufHeader
+from hybrimoe.sources.gguf.parts import read_gguf
 
 def used():
     return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

@@ -7,7 +7,7 @@ import transformers
 
 import hybrimoe
 from gguf_models import assert_computes, assert_refused, load, logits_of, nmse, qwen2, qwen3, write
-from hybrimoe.cli import main
+from hybrimoe.cli.main import main
 
 # What is honoured.
 

@@ -7,9 +7,9 @@ import pytest
 
 import hybrimoe
 from gguf_models import assert_computes, assert_refused, load, logits_of, nmse, qwen3, write
-from hybrimoe import CheckpointNotFoundError
-from hybrimoe.cli import main
-from hybrimoe.runtime.loading.gguf_parts import part_names
+from hybrimoe.cli.main import main
+from hybrimoe.errors import CheckpointNotFoundError
+from hybrimoe.sources.gguf.parts import part_names
 
 FIRST, SECOND, THIRD = part_names("model-00001-of-00003.gguf")
 
@@ -126,7 +126,7 @@ def test_a_damaged_part_is_refused_by_its_name(folder):
 
 def test_all_parts_are_fetched_from_the_hub(monkeypatch, folder, model):
     from hybrimoe import pretrained
-    from hybrimoe.runtime.loading import gguf_file
+    from hybrimoe.sources.gguf import model as gguf_file
 
     fetched = []
     monkeypatch.setattr(pretrained, "look_for", lambda *_: None)

@@ -11,13 +11,13 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausal
 
 import gguf_files
 import hybrimoe
-import hybrimoe.memory_plan
+import hybrimoe.memory.plan
 import processes
-from hybrimoe import CheckpointError, CheckpointNotFoundError, ConfigError
-from hybrimoe.cli import main
-from hybrimoe.runtime.loading import load_memory
-from hybrimoe.runtime.loading.gguf_dense import LazyTensor
-from hybrimoe.runtime.loading.host import MARGIN, HostMemory
+from hybrimoe.cli.main import main
+from hybrimoe.errors import CheckpointError, CheckpointNotFoundError, ConfigError
+from hybrimoe.limits import MARGIN, HostMemory
+from hybrimoe.sources import load_memory
+from hybrimoe.sources.gguf.dense import LazyTensor
 from paths import TINY_MOE
 
 QUICK = ("--prompt", "def main(", "--max-new-tokens", "4", "--greedy", "--json")
@@ -279,7 +279,7 @@ def test_bench_compares_with_what_transformers_makes_of_the_file(capsys, tiny, m
 
 
 def test_bench_counts_the_plain_copy_in_float32(capsys, tiny, monkeypatch):
-    from hybrimoe.runtime.loading import host
+    from hybrimoe import limits as host
 
     found = hybrimoe.plan(tiny, gguf_file="Q4_0.gguf", context=160)
     least = found.peak_bytes + found.plain_bytes + MARGIN

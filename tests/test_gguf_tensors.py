@@ -7,8 +7,8 @@ from transformers import AutoModelForCausalLM
 import gguf_files
 import hybrimoe
 from gguf_models import assert_computes, assert_refused, load, logits_of, nmse, qwen2, qwen3, write
-from hybrimoe import UnsupportedModelError
-from hybrimoe.cli import main
+from hybrimoe.cli.main import main
+from hybrimoe.errors import UnsupportedModelError
 
 
 def ones(*shape: int) -> np.ndarray:

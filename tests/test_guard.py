@@ -10,14 +10,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import hybrimoe
 from hybrimoe import session
 from hybrimoe.policy.cache import Cache
+from hybrimoe.policy.contest import CHOSEN, Guard, Trial, kind_of
 from hybrimoe.policy.cost import CostModel
 from hybrimoe.policy.engine import Engine
+from hybrimoe.policy.prediction import SimExecutor
 from hybrimoe.policy.presets import preset
 from hybrimoe.policy.profiles import profile, shape
 from hybrimoe.policy.routing import Load
-from hybrimoe.policy.simulator import SimExecutor
-from hybrimoe.runtime.devices.device import EmulatedAccelerator
-from hybrimoe.runtime.guard import CHOSEN, Guard, Trial, kind_of
+from hybrimoe.runtime.devices.emulated import EmulatedAccelerator
 from paths import TINY_MOE
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 2

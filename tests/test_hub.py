@@ -14,9 +14,9 @@ import pytest
 from huggingface_hub import constants
 
 import hybrimoe
-from hybrimoe.cli import main
+from hybrimoe import hub
+from hybrimoe.cli.main import main
 from hybrimoe.errors import CheckpointError, CheckpointNotFoundError
-from hybrimoe.runtime.loading import hub
 from paths import TINY_MOE
 
 DOORS = {

@@ -15,9 +15,10 @@ import hybrimoe
 from hybrimoe import session
 from hybrimoe.errors import ConfigError, DeviceLostError, PlanError, PolicyError
 from hybrimoe.policy.cache import Move
+from hybrimoe.policy.plan import Plan
 from hybrimoe.policy.presets import PRESETS
-from hybrimoe.policy.scheduler import Plan, Scheduler
-from hybrimoe.runtime.devices.device import EmulatedAccelerator
+from hybrimoe.policy.schedulers import Scheduler
+from hybrimoe.runtime.devices.emulated import EmulatedAccelerator
 from hybrimoe.runtime.executor import OUTSTANDING
 
 TINY = Path(__file__).parent / "assets" / "tiny-moe"

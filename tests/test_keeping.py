@@ -13,10 +13,11 @@ from huggingface_hub import constants
 from transformers import GenerationConfig
 
 import hybrimoe
-from hybrimoe import Config, ConfigError, StorageError, keeping
-from hybrimoe.cli import main
-from hybrimoe.runtime import formats
-from hybrimoe.runtime.loading import kept_packs
+from hybrimoe.cli.main import main
+from hybrimoe.config import Config
+from hybrimoe.errors import ConfigError, StorageError
+from hybrimoe.models import weights as formats
+from hybrimoe.sources import keeping, kept_packs
 from paths import TINY_MOE
 from test_loading import assert_same_pool
 from test_packed_files import flip

@@ -1,4 +1,4 @@
-"""Imports point down, the public names are complete, and nothing dangerous is called."""
+"""The order of the house: who may import whom, and what nobody may call."""
 
 import ast
 import subprocess
@@ -10,28 +10,22 @@ import pytest
 import hybrimoe
 
 SOURCE = Path(hybrimoe.__file__).parent
+ORDER = (
+    *("errors", "version", "choices", "files", "sizes", "limits", "attempts", "hub"),
+    *("simd", "formats", "policy", "kernels", "config", "models", "runtime", "modules"),
+    *("calibration", "sources", "simulation", "memory", "report", "session", "pretrained", "api"),
+    *("__init__", "cli", "__main__"),
+)
+"""Ground first. A file may import only from rooms before its own, and from its own."""
 MODULES = {
     ".".join(("hybrimoe", *path.relative_to(SOURCE).with_suffix("").parts)): path
     for path in sorted(SOURCE.rglob("*.py"))
 }
-FLOORS = ("kernels", "policy", "runtime")
-ALLOWED = {
-    "kernels": {"kernels", "errors", "caching", "linking"},
-    "policy": {"policy", "errors", "caching", "linking"},
-    "runtime": {"runtime", "policy", "kernels", "errors", "config", "compiling"},
-}
 TORCHLESS = ("torch", "transformers", "accelerate", "safetensors")
-KNOW_TRANSFORMERS = {"hybrimoe.runtime.adapters"} | {
-    f"hybrimoe.runtime.loading.{name}"
-    for name in ("quantizer", "skeleton", "converting", "opening", "gguf_file", "stored_numbers")
-}
-GPU_KERNELS = tuple(
-    f"hybrimoe.kernels.{name}"
-    for name in ("torch_pairs", "torch_experts", "torch_k", "triton_experts")
-)
+KNOW_TRANSFORMERS = ("hybrimoe.models", "hybrimoe.sources", "hybrimoe.cli")
+"""Rooms that may import it: the others take what these have found."""
+TENSORS = ("hybrimoe.kernels.gpu", "hybrimoe.formats.decode")
 """They take tensors, because memory of a GPU has no other face."""
-PROGRAMS = {f"hybrimoe.{name}" for name in ("cli", "commands", "model_commands", "named_models")}
-"""They load a model and a tokenizer as any user would."""
 
 
 def imports(path: Path) -> set[str]:
@@ -46,46 +40,72 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def floor(module: str) -> str:
-    parts = module.split(".")
-    return parts[1] if len(parts) > 1 and parts[1] in FLOORS else "faces"
+def files_of(module: str) -> set[str]:
+    """The files of this package that a file imports from."""
+    names = imports(MODULES[module])
+    found = {name for name in names if name in MODULES}
+    if "hybrimoe" in names and not found:
+        found.add("hybrimoe.__init__")
+    return found - {module}
 
 
-def inside(name: str, packages: set[str] | tuple[str, ...]) -> bool:
+def room(module: str) -> str:
+    return module.split(".")[1]
+
+
+def inside(name: str, packages: tuple[str, ...]) -> bool:
     return any(name == package or name.startswith(f"{package}.") for package in packages)
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_imports_point_down(module):
-    if floor(module) == "faces":
-        return
-    allowed = {f"hybrimoe.{name}" for name in ALLOWED[floor(module)]}
-    ours = {name for name in imports(MODULES[module]) if inside(name, ("hybrimoe",))}
+def test_imports_point_to_rooms_before(module):
+    own = ORDER.index(room(module))
+    upward = {name for name in files_of(module) if ORDER.index(room(name)) > own}
 
-    assert {name for name in ours if name != "hybrimoe" and not inside(name, allowed)} == set()
+    assert upward == set()
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if floor(name) in FLOORS[:2]])
+def test_no_files_import_each_other_in_a_circle():
+    graph = {module: files_of(module) for module in MODULES}
+    while graph:  # what imports nothing that is left is in no circle
+        ends = {module for module, others in graph.items() if not others}
+        assert ends, f"in circles, or importing from one: {sorted(graph)}"
+        graph = {module: others - ends for module, others in graph.items() if module not in ends}
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if not name.endswith("__init__")])
+def test_nobody_hides_an_import(module):
+    called = {
+        ast.unparse(node.func)
+        for node in ast.walk(ast.parse(MODULES[module].read_text()))
+        if isinstance(node, ast.Call)
+    }
+
+    assert called.isdisjoint({"importlib.import_module", "import_module", "__import__"})
+
+
+@pytest.mark.parametrize(
+    "module", [name for name in MODULES if room(name) in ("simd", "formats", "policy", "kernels")]
+)
 def test_cpu_kernels_and_policies_know_no_torch(module):
-    if module in GPU_KERNELS:
+    if inside(module, TENSORS):
         return
     names = imports(MODULES[module])
 
-    assert {name for name in names if inside(name, (*TORCHLESS, *GPU_KERNELS))} == set()
+    assert {name for name in names if inside(name, (*TORCHLESS, *TENSORS))} == set()
 
 
-@pytest.mark.parametrize("module", ["hybrimoe.caching", "hybrimoe.errors", "hybrimoe.config"])
-def test_errors_and_settings_know_nothing_of_models(module):
+@pytest.mark.parametrize("module", [f"hybrimoe.{name}" for name in ORDER[:8]] + ["hybrimoe.config"])
+def test_the_ground_knows_nothing_of_models(module):
     names = imports(MODULES[module])
 
     assert {n for n in names if inside(n, TORCHLESS)} == set()
-    assert {n for n in names if inside(n, ("hybrimoe.runtime", "hybrimoe.kernels"))} == set()
 
 
-def test_only_adapters_loading_and_the_programs_know_transformers():
+def test_only_models_sources_and_commands_know_transformers():
     know = {m for m, p in MODULES.items() if any(inside(n, ("transformers",)) for n in imports(p))}
 
-    assert know - PROGRAMS <= KNOW_TRANSFORMERS
+    assert {module for module in know if not inside(module, KNOW_TRANSFORMERS)} == set()
 
 
 def test_importing_a_policy_loads_no_torch():

@@ -10,9 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hybrimoe
 import parity
-from hybrimoe import Config, ConfigError, WrappedModelError
-from hybrimoe.runtime.linears import PackedLinear
-from hybrimoe.runtime.releases import cache_argument, cache_in
+from hybrimoe.config import Config
+from hybrimoe.errors import ConfigError, WrappedModelError
+from hybrimoe.models.releases import cache_argument, cache_in
+from hybrimoe.modules.packed_linear import PackedLinear
 from paths import TINY_MOE
 
 

@@ -27,21 +27,22 @@ from transformers.utils import logging
 import families
 import generated
 import hybrimoe
-from hybrimoe import (
+from hybrimoe.config import Config
+from hybrimoe.errors import (
     CheckpointError,
     CheckpointNotFoundError,
-    Config,
     ConfigError,
     FormatError,
     InsufficientMemoryError,
     UnsupportedModelError,
 )
-from hybrimoe.kernels.layout import expert_layout
-from hybrimoe.runtime.adapters import find_experts
-from hybrimoe.runtime.loading import footprint, load_memory
-from hybrimoe.runtime.loading.arrivals import Arrivals
-from hybrimoe.runtime.loading.host import MARGIN, HostMemory
-from hybrimoe.runtime.storage import tiers
+from hybrimoe.formats.layout import expert_layout
+from hybrimoe.limits import MARGIN, HostMemory
+from hybrimoe.models import bytes as footprint
+from hybrimoe.models.adapters import find_experts
+from hybrimoe.runtime.disk import open as tiers
+from hybrimoe.sources import load_memory
+from hybrimoe.sources.sink import Arrivals
 from paths import TINY_MOE
 
 LOSSY = "ignore:the experts were stored as"
@@ -129,7 +130,7 @@ def test_per_expert_tensors_are_read_a_few_at_a_time_and_never_merged(monkeypatc
 
     monkeypatch.setattr(Arrivals, "stream", watched)
     monkeypatch.setattr(Arrivals, "accept", lambda *a: (merged.append(a[1]), accept(*a)))
-    monkeypatch.setattr("hybrimoe.runtime.loading.arrivals.STAGING_BYTES", 3 * 2 * 32 * 64 * 2)
+    monkeypatch.setattr("hybrimoe.models.bytes.STAGING_BYTES", 3 * 2 * 32 * 64 * 2)
     loaded = hybrimoe.from_pretrained(small, weights="native")
 
     assert merged == []
@@ -371,7 +372,9 @@ def test_weights_that_a_format_cannot_hold_are_refused_by_name(tmp_path, model):
 def taken(monkeypatch) -> list:
     """What was allocated for blobs: a test of a refusal wants nothing."""
     found = []
-    monkeypatch.setattr("hybrimoe.runtime.experts.allocate_blobs", lambda *a: found.append(a))
+    monkeypatch.setattr(
+        "hybrimoe.modules.pooled_experts.allocate_blobs", lambda *a: found.append(a)
+    )
     return found
 
 
@@ -616,7 +619,7 @@ print(json.dumps({
 
 INTERRUPTED = """
 import gc, signal
-from hybrimoe.runtime.loading.arrivals import Arrivals
+from hybrimoe.sources.sink import Arrivals
 
 pack, count = Arrivals._pack, []
 

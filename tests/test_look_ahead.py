@@ -14,14 +14,15 @@ import fake_cuda
 import families
 import hybrimoe
 from hybrimoe import session
+from hybrimoe.models import input_norm as norms
+from hybrimoe.models.releases import cache_argument, cache_in
+from hybrimoe.modules.pooled_experts import PooledExperts
 from hybrimoe.policy.engine import Engine
-from hybrimoe.policy.prefetcher import Never, NextLayer
-from hybrimoe.runtime import intake, norms
+from hybrimoe.policy.prefetchers import Never, NextLayer
+from hybrimoe.runtime import inputs as intake
 from hybrimoe.runtime.devices.cuda import TorchAccelerator
-from hybrimoe.runtime.devices.device import EmulatedAccelerator
-from hybrimoe.runtime.devices.transfer import Staging
-from hybrimoe.runtime.experts import PooledExperts
-from hybrimoe.runtime.releases import cache_argument, cache_in
+from hybrimoe.runtime.devices.emulated import EmulatedAccelerator
+from hybrimoe.runtime.devices.staging import Staging
 from paths import TINY_MOE
 
 LEAST = {1: 0.7, 2: 0.6, 3: 0.5}

@@ -22,7 +22,7 @@ from adapted import (
     same,
     two_adapters,
 )
-from hybrimoe import FormatError, StorageError, UnsupportedModelError, WrappedModelError
+from hybrimoe.errors import FormatError, StorageError, UnsupportedModelError, WrappedModelError
 from parity import nmse
 
 pytestmark = pytest.mark.filterwarnings(
@@ -392,7 +392,7 @@ def test_a_full_disk_leaves_the_model_as_it_was(monkeypatch):
     model = adapted(model)
     backing = model.hybrimoe.pool.tier.backing
     with monkeypatch.context() as patch:
-        patch.setattr("hybrimoe.runtime.storage.backing.shutil.disk_usage", lambda _: Usage)
+        patch.setattr("hybrimoe.runtime.disk.file.shutil.disk_usage", lambda _: Usage)
         with pytest.raises(StorageError, match="adapter's delta"):
             logits(model)
     assert not backing._below

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import hybrimoe
 from hybrimoe.errors import ConfigError
 from hybrimoe.policy.timeline import Lane, Span
-from hybrimoe.runtime.measuring.meter import Meter, Step
+from hybrimoe.runtime.meter import Meter, Step
 from paths import TINY_MOE
 
 

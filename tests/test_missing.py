@@ -16,8 +16,9 @@ from transformers import (
 import families
 import generated
 import hybrimoe
-from hybrimoe import CheckpointError, Config
-from hybrimoe.runtime.loading import packed_files
+from hybrimoe.config import Config
+from hybrimoe.errors import CheckpointError
+from hybrimoe.sources.packed import files as packed_files
 from test_loading import DOORS, edit
 
 KINDS = {

@@ -11,11 +11,11 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 import fake_cuda
 import gguf_files
 import hybrimoe
-from hybrimoe import RoutingError
-from hybrimoe.kernels import torch_experts
+from hybrimoe.errors import RoutingError
+from hybrimoe.kernels.gpu import torch_experts
 from hybrimoe.policy.presets import PRESETS
 from hybrimoe.runtime.devices.cuda import TorchAccelerator
-from hybrimoe.runtime.devices.device import EmulatedAccelerator
+from hybrimoe.runtime.devices.emulated import EmulatedAccelerator
 from mixed_models import (
     IDS,
     PRUNED,

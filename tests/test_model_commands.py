@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import hybrimoe
-from hybrimoe import side_by_side
-from hybrimoe.cli import main
+from hybrimoe.cli import side_by_side
+from hybrimoe.cli.main import main
 from paths import TINY_MOE
 
 TINY = str(TINY_MOE)
@@ -182,14 +182,14 @@ def test_generate_on_an_accelerator(capsys):
 
 
 def test_generate_refuses_what_does_not_fit_before_it_loads(capsys, monkeypatch):
-    import hybrimoe.memory_plan
-    from hybrimoe.runtime.loading.host import HostMemory
+    import hybrimoe.memory.plan
+    from hybrimoe.limits import HostMemory
 
     def never(*_, **__):
         pytest.fail("the model must not be loaded")
 
     monkeypatch.setattr(
-        hybrimoe.memory_plan, "host_memory", lambda **_: HostMemory(300 << 20, "a test")
+        hybrimoe.memory.plan, "host_memory", lambda **_: HostMemory(300 << 20, "a test")
     )
     monkeypatch.setattr(hybrimoe, "from_pretrained", never)
     arguments = ["generate", TINY, "--prompt", "x", "--max-new-tokens", "100000"]
@@ -243,7 +243,7 @@ def test_an_interruption_is_a_message(capsys, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hybrimoe.memory_plan.plan", interrupt)
+    monkeypatch.setattr("hybrimoe.memory.plan.plan", interrupt)
 
     assert main(["plan", TINY]) == 1
     assert capsys.readouterr().err == "hybrimoe plan: interrupted\n"

@@ -20,18 +20,17 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 import hybrimoe
-from hybrimoe import CheckpointError, Config, ConfigError, StorageError, WrappedModelError
-from hybrimoe.kernels.layout import expert_layout
-from hybrimoe.runtime import formats
-from hybrimoe.runtime.adapters import ExpertWeights
-from hybrimoe.runtime.experts import PooledExperts
-from hybrimoe.runtime.loading import (
-    packed_blobs,
-    packed_files,
-    packed_manifest,
-    packed_source,
-)
-from hybrimoe.runtime.pool import allocate_blobs
+from hybrimoe.config import Config
+from hybrimoe.errors import CheckpointError, ConfigError, StorageError, WrappedModelError
+from hybrimoe.formats.layout import expert_layout
+from hybrimoe.models import weights as formats
+from hybrimoe.models.weights import ExpertWeights
+from hybrimoe.modules.pooled_experts import PooledExperts
+from hybrimoe.runtime.pages import allocate_blobs
+from hybrimoe.sources.packed import blobs as packed_blobs
+from hybrimoe.sources.packed import files as packed_files
+from hybrimoe.sources.packed import manifest as packed_manifest
+from hybrimoe.sources.packed import source as packed_source
 from paths import TINY_MOE
 from test_loading import assert_same_pool, edit, generate
 
@@ -394,7 +393,7 @@ PROCESS = """
 import os, sys
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 import transformers, hybrimoe
-from hybrimoe.runtime.loading import packed_files
+from hybrimoe.sources.packed import files as packed_files
 transformers.utils.logging.disable_progress_bar()
 model = hybrimoe.from_pretrained(sys.argv[1], weights="int4")
 """

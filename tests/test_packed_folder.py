@@ -19,9 +19,10 @@ from transformers import (
 )
 
 import hybrimoe
-from hybrimoe import CheckpointError, Config, ConfigError
 from hybrimoe.choices import METHOD
-from hybrimoe.runtime.loading.packed_folder import PackedFolder
+from hybrimoe.config import Config
+from hybrimoe.errors import CheckpointError, ConfigError
+from hybrimoe.sources.packed.folder import PackedFolder
 from paths import TINY_MOE
 from test_loading import assert_same_pool, generate
 from test_packed_files import part
@@ -235,7 +236,7 @@ def test_importing_hybrimoe_imports_nothing_large_and_hooks_once():
         "import importlib, sys, hybrimoe\n"
         "importlib.reload(hybrimoe)\n"
         "large = {'torch', 'transformers', 'numpy', 'numba', 'huggingface_hub', 'safetensors'}\n"
-        "waiting = [f for f in sys.meta_path if type(f).__module__ == 'hybrimoe.registration']\n"
+        "waiting = [f for f in sys.meta_path if type(f).__module__ == 'hybrimoe.sources.registration']\n"
         "print(sorted(large & sys.modules.keys()), len(waiting))\n"
     )
 

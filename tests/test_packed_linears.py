@@ -16,10 +16,11 @@ from transformers import (
 
 import generated
 import hybrimoe
-from hybrimoe import CheckpointError, Config, ConfigError
-from hybrimoe.runtime import formats
-from hybrimoe.runtime.linears import PackedLinear
-from hybrimoe.runtime.rms_norms import FusedNorm
+from hybrimoe.config import Config
+from hybrimoe.errors import CheckpointError, ConfigError
+from hybrimoe.models import weights as formats
+from hybrimoe.modules.fused_norm import FusedNorm
+from hybrimoe.modules.packed_linear import PackedLinear
 from paths import TINY_MOE
 from test_loading import assert_same_pool
 from test_packed_files import part

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import hybrimoe
-from hybrimoe import RoutingError
+from hybrimoe.errors import RoutingError
 from mixed_models import PRUNED, pruned
 from paths import TINY_MOE
 

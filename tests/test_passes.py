@@ -7,8 +7,8 @@ from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfi
 
 import families
 import hybrimoe
-from hybrimoe.runtime.passes import DECODE_TOKENS, Pass, read_pass
-from hybrimoe.runtime.releases import CACHE_NAMES, cache_argument, cache_in
+from hybrimoe.models.passes import DECODE_TOKENS, Pass, read_pass
+from hybrimoe.models.releases import CACHE_NAMES, cache_argument, cache_in
 
 NAME = "mixtral.MixtralExperts"
 PROMPT, NEW = 12, 5

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 import hybrimoe
 from hybrimoe.errors import DeviceLostError, InsufficientMemoryError
-from hybrimoe.kernels.layout import expert_layout
-from hybrimoe.runtime.devices.device import EmulatedAccelerator
+from hybrimoe.formats.layout import expert_layout
+from hybrimoe.runtime.devices.emulated import EmulatedAccelerator
 from hybrimoe.runtime.devices.pinning import Pinned, chunks
-from hybrimoe.runtime.pool import allocate_blobs
+from hybrimoe.runtime.pages import allocate_blobs
 from small_model import LAYERS, Fails, load_small, tokens, wrap_on
 
 

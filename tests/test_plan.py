@@ -11,18 +11,18 @@ from transformers import AutoModelForCausalLM
 import families
 import generated
 import hybrimoe
-import hybrimoe.memory_plan
-from hybrimoe.config import WEIGHTS
+import hybrimoe.memory.plan
+from hybrimoe.choices import WEIGHTS
 from hybrimoe.errors import (
     CheckpointError,
     CheckpointNotFoundError,
     ConfigError,
     InsufficientMemoryError,
 )
-from hybrimoe.runtime.adapters import find_experts
-from hybrimoe.runtime.loading.host import MARGIN, host_memory
-from hybrimoe.runtime.loading.tracing import forward_memory, storage_bytes
-from hybrimoe.runtime.releases import cache_in
+from hybrimoe.limits import MARGIN, host_memory
+from hybrimoe.models.adapters import find_experts
+from hybrimoe.models.forward import forward_memory, storage_bytes
+from hybrimoe.models.releases import cache_in
 from paths import TINY_MOE
 from processes import needs_proc, run, start
 
@@ -257,8 +257,8 @@ def test_slots_go_to_the_gpu_with_the_dense_part(checkpoint):
 def test_a_gpu_that_is_too_small_is_said_so(tmp_path, monkeypatch, free, nearest, call):
     config = generated.configuration(8, 2048, 768, 128, 32000)  # 9 GiB of experts
     folder = generated.write_hollow(tmp_path, config, shards=2)
-    monkeypatch.setattr(hybrimoe.memory_plan, "_gpu_free", lambda: free)
-    monkeypatch.setattr(hybrimoe.memory_plan, "_gpu_name", lambda: None)
+    monkeypatch.setattr(hybrimoe.memory.plan, "_gpu_free", lambda: free)
+    monkeypatch.setattr(hybrimoe.memory.plan, "_gpu_name", lambda: None)
     found = hybrimoe.plan(folder, vram=free, ram="20GiB", weights="native", context=512)
     with pytest.raises(InsufficientMemoryError, match="of GPU memory"):
         found.ensure_fits()
@@ -334,7 +334,7 @@ def test_planning_changes_no_model(model):
 
 LIMITED = """
 import resource
-from hybrimoe.cli import main
+from hybrimoe.cli.main import main
 main(["plan", sys.argv[2]])  # loads all that is imported late
 line = next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("VmSize"))
 limit = int(line.split()[1]) * 1024 + (600 << 20)
@@ -472,6 +472,6 @@ def test_a_plan_in_a_small_cgroup_is_refused(monkeypatch, tmp_path):
         "sys/fs/cgroup/memory.current": "0",
     }
     have = host_memory(tree(tmp_path, files))
-    monkeypatch.setattr(hybrimoe.memory_plan, "host_memory", lambda **_: have)
+    monkeypatch.setattr(hybrimoe.memory.plan, "host_memory", lambda **_: have)
     with pytest.raises(InsufficientMemoryError, match=r"cgroup limit of 260\.0 MiB"):
         hybrimoe.plan(TINY_MOE).ensure_fits()

@@ -7,10 +7,10 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from hybrimoe import plots
 from hybrimoe.errors import ConfigError
-from hybrimoe.policy.simulator import Result, simulate
-from hybrimoe.policy.sources import read_trace
+from hybrimoe.simulation import plots
+from hybrimoe.simulation.foreign import read_trace
+from hybrimoe.simulation.simulator import Result, simulate
 
 CUT = Path(__file__).parent / "assets" / "traces" / "gptoss20b_cut.npz"
 

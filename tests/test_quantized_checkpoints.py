@@ -16,13 +16,14 @@ from transformers.quantizers import HfQuantizer
 
 import families
 import hybrimoe
-from hybrimoe import CheckpointError, Config, UnsupportedModelError
-from hybrimoe.cli import main
-from hybrimoe.runtime import quantized
-from hybrimoe.runtime.loading import packed_blobs
-from hybrimoe.runtime.loading.checkpoints import examine_folder
-from hybrimoe.runtime.loading.skeleton import build_skeleton
-from hybrimoe.runtime.loading.stored_numbers import ensure_plain
+from hybrimoe.cli.main import main
+from hybrimoe.config import Config
+from hybrimoe.errors import CheckpointError, UnsupportedModelError
+from hybrimoe.models.skeleton import build_skeleton
+from hybrimoe.sources import quantized
+from hybrimoe.sources.packed import blobs as packed_blobs
+from hybrimoe.sources.safetensors import examine_folder
+from hybrimoe.sources.stored_numbers import ensure_plain
 
 DOORS = {
     "hybrimoe": hybrimoe.from_pretrained,

@@ -10,7 +10,7 @@ from transformers.integrations import Mxfp4GptOssExperts, finegrained_fp8
 
 import families
 import hybrimoe
-from hybrimoe import UnsupportedModelError
+from hybrimoe.errors import UnsupportedModelError
 
 
 def as_fp8(model: nn.Module) -> None:

@@ -7,8 +7,8 @@ import time
 import pytest
 
 from hybrimoe.errors import DiskReadError
-from hybrimoe.runtime.storage import reader as module
-from hybrimoe.runtime.storage.reader import Read, Reader
+from hybrimoe.runtime.disk import reader as module
+from hybrimoe.runtime.disk.reader import Read, Reader
 
 
 def readers():

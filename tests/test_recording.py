@@ -8,8 +8,8 @@ import torch
 
 import hybrimoe
 from hybrimoe.errors import ConfigError, TraceError, UnsupportedModelError
-from hybrimoe.policy.routing import sequences
-from hybrimoe.runtime.releases import cache_argument, cache_in
+from hybrimoe.models.releases import cache_argument, cache_in
+from hybrimoe.simulation.trace import sequences
 
 
 def generate(model, tokens: int = 6, prompt: int = 9) -> None:

@@ -20,15 +20,15 @@ from transformers.models.dbrx.configuration_dbrx import DbrxAttentionConfig
 
 import families
 import hybrimoe
-from hybrimoe import (
+from hybrimoe import limits as host
+from hybrimoe.errors import (
     ConfigError,
     FormatError,
     InsufficientMemoryError,
     UnsupportedModelError,
     WrappedModelError,
 )
-from hybrimoe.runtime import experts as experts_module
-from hybrimoe.runtime.loading import host
+from hybrimoe.modules import pooled_experts as experts_module
 from test_wrap import fingerprint
 
 MIXTRAL = "mixtral.MixtralExperts"

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import hybrimoe
-from hybrimoe.runtime import releases
-from hybrimoe.runtime.releases import BELOW, NEWEST, OLDEST, cache_argument, cache_in, release_text
+from hybrimoe.models import releases
+from hybrimoe.models.releases import BELOW, NEWEST, OLDEST, cache_argument, cache_in, release_text
 
 ROOT = Path(__file__).parents[1]
 SOURCE = Path(hybrimoe.__file__).parent

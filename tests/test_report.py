@@ -8,8 +8,8 @@ import pytest
 
 import hybrimoe
 from hybrimoe.report import LayerReport, Report
-from hybrimoe.runtime.devices.device import EmulatedAccelerator
-from hybrimoe.runtime.devices.memory import SPARE
+from hybrimoe.runtime.devices.emulated import EmulatedAccelerator
+from hybrimoe.runtime.slot_budget import SPARE
 from small_model import LAYERS, SLOT, Fails, load_small, tokens, wrap_on
 
 

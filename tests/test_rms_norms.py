@@ -13,9 +13,9 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm
 
 import hybrimoe
-from hybrimoe import WrappedModelError
-from hybrimoe.runtime import rms_norms
-from hybrimoe.runtime.rms_norms import CLOSE, Formula, FoundNorm, FusedNorm, formula_of
+from hybrimoe.errors import WrappedModelError
+from hybrimoe.modules import fused_norm as rms_norms
+from hybrimoe.modules.fused_norm import CLOSE, Formula, FoundNorm, FusedNorm, formula_of
 from paths import TINY_MOE
 
 KINDS = [Qwen3MoeRMSNorm, GptOssRMSNorm, Gemma3RMSNorm, nn.RMSNorm]

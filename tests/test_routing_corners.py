@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import families
 import hybrimoe
-from hybrimoe import RoutingError
+from hybrimoe.errors import RoutingError
 from parity import violation, wrapped
 
 NAME = "mixtral.MixtralExperts"

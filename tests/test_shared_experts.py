@@ -7,8 +7,8 @@ import torch
 
 import families
 import hybrimoe
+from hybrimoe.modules.shared_experts import _Expert
 from hybrimoe.runtime.executor import TorchExecutor
-from hybrimoe.runtime.shared_experts import _Expert
 
 LATER = ["deepseek_v3", "glm4_moe", "flint", "cohere2_moe", "granitemoeshared", "nemotron_h"]
 """Families that call them last: on [B, S, D], on [T, D], beside the block, and of other width."""

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hybrimoe import side_by_side
+from hybrimoe.cli import side_by_side
 
 
 def machine(monkeypatch, *, own: float, idle: float) -> None:

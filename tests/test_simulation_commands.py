@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hybrimoe.cli import main
+from hybrimoe.cli.main import main
+from hybrimoe.cli.traces import read_prompts, shorten
 from hybrimoe.policy.cost import CostModel
 from hybrimoe.policy.presets import PRESETS
 from hybrimoe.policy.profiles import LAPTOP
-from hybrimoe.policy.routing import RoutingTrace
-from hybrimoe.policy.sources import read_trace
-from hybrimoe.simulation_commands import read_prompts, shorten
+from hybrimoe.simulation.foreign import read_trace
+from hybrimoe.simulation.trace import RoutingTrace
 
 ASSETS = Path(__file__).parent / "assets"
 CUT = ASSETS / "traces" / "gptoss20b_cut.npz"

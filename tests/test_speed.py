@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import hybrimoe
-from hybrimoe import speed
+from hybrimoe.memory import speed
+from hybrimoe.models.bytes import ExpertShape, Footprint
+from hybrimoe.models.forward import ForwardMemory
 from hybrimoe.policy.cost import CostModel
-from hybrimoe.runtime.loading.footprint import ExpertShape, Footprint
-from hybrimoe.runtime.loading.tracing import ForwardMemory
 from paths import TINY_MOE
 
 BYTE_S = 1e-10

@@ -10,14 +10,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from hybrimoe.config import Config
 from hybrimoe.errors import InsufficientMemoryError
+from hybrimoe.formats.gate import NAMES, Gate
+from hybrimoe.formats.layout import expert_layout
 from hybrimoe.kernels import reference
-from hybrimoe.kernels.activations import NAMES, Gate
-from hybrimoe.kernels.layout import expert_layout
-from hybrimoe.kernels.moe import PackedLayer, run_layer
-from hybrimoe.kernels.workspace import Workspace
+from hybrimoe.kernels.cpu.run_layer import PackedLayer, run_layer
+from hybrimoe.kernels.cpu.workspace import Workspace
 from hybrimoe.policy.presets import PRESETS
-from hybrimoe.runtime.devices.device import EmulatedAccelerator
-from hybrimoe.runtime.hybrid import Hybrid
+from hybrimoe.runtime.coordinator import Hybrid
+from hybrimoe.runtime.devices.emulated import EmulatedAccelerator
 from hybrimoe.runtime.pool import ExpertPool
 
 LAYERS, EXPERTS, TOP_K, D, F = 3, 6, 2, 64, 64

@@ -7,15 +7,17 @@ import torch
 from torch import nn
 
 import hybrimoe
-from hybrimoe import ConfigError, UnsupportedModelError, session
+from hybrimoe import session
 from hybrimoe.errors import (
+    ConfigError,
     DeviceLostError,
     DiskReadError,
     InsufficientMemoryError,
+    UnsupportedModelError,
     WrappedModelError,
 )
-from hybrimoe.runtime import experts as experts_module
-from hybrimoe.runtime.devices.device import EmulatedAccelerator
+from hybrimoe.modules import pooled_experts as experts_module
+from hybrimoe.runtime.devices.emulated import EmulatedAccelerator
 from mixed_models import Layer, logits, pruned
 from small_model import Fails, wrap_on
 

@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hybrimoe
 from hybrimoe.errors import PolicyError
-from hybrimoe.policy.prefetcher import Impact, Prefetcher
-from hybrimoe.policy.ranking import MRS, Ranking
-from hybrimoe.policy.scheduler import Plan, Scheduler, Split
+from hybrimoe.policy.plan import Plan
+from hybrimoe.policy.prefetchers import Impact, Prefetcher
+from hybrimoe.policy.rankings import MRS, Ranking
+from hybrimoe.policy.schedulers import Scheduler, Split
 
 TINY = Path(__file__).parent / "assets" / "tiny-moe"
 

@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import hybrimoe
-from hybrimoe.cli import main
-from hybrimoe.runtime import warming
+from hybrimoe.cli.main import main
+from hybrimoe.modules import warming
 from paths import TINY_MOE
 
 

@@ -20,10 +20,12 @@ from transformers import (
 
 import hybrimoe
 import parity
-from hybrimoe import Config, Runtime, WrappedModelError
+from hybrimoe.config import Config
+from hybrimoe.errors import WrappedModelError
+from hybrimoe.modules.pooled_experts import PooledExperts
 from hybrimoe.report import Report
-from hybrimoe.runtime.experts import PooledExperts
 from hybrimoe.runtime.pool import ExpertPool
+from hybrimoe.session import Runtime
 from paths import TINY_MOE
 
 FORMATS = ("native", "int8", "int4")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import hybrimoe
-from hybrimoe import WrappedModelError
+from hybrimoe.errors import WrappedModelError
 from paths import TINY_MOE
 from test_wrap import batch, fingerprint
 

@@ -5,13 +5,13 @@ import time
 
 import numpy as np
 
-from hybrimoe.kernels.activations import NAMES, Gate
-from hybrimoe.kernels.layout import expert_layout
-from hybrimoe.kernels.moe import PackedLayer, run_layer
-from hybrimoe.kernels.workspace import Workspace
-from hybrimoe.runtime.storage.disk import DiskTier
-from hybrimoe.runtime.storage.job import Job
-from hybrimoe.runtime.storage.tier_sizes import TierSizes
+from hybrimoe.formats.gate import NAMES, Gate
+from hybrimoe.formats.layout import expert_layout
+from hybrimoe.kernels.cpu.run_layer import PackedLayer, run_layer
+from hybrimoe.kernels.cpu.workspace import Workspace
+from hybrimoe.runtime.disk.job import Job
+from hybrimoe.runtime.disk.sizes import TierSizes
+from hybrimoe.runtime.disk.tier import DiskTier
 
 LAYERS, EXPERTS, TOP_K, D, F = 3, 8, 2, 32, 32
 

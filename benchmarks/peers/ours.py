@@ -15,8 +15,8 @@ import numpy as np
 import shape
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from hybrimoe.kernels.moe import run_layer
-from hybrimoe.kernels.workspace import Workspace
+from hybrimoe.kernels.cpu.run_layer import run_layer
+from hybrimoe.kernels.cpu.workspace import Workspace
 from machine import random_layer, routing
 
 

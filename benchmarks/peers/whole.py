@@ -27,7 +27,7 @@ from layout import Layout, add_root_option
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import hybrimoe
-from hybrimoe.runtime.releases import cache_argument, cache_in
+from hybrimoe.models.releases import cache_argument, cache_in
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from machine import describe, finish

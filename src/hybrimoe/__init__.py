@@ -9,8 +9,11 @@ print(model.hybrimoe.report())
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from hybrimoe.version import VERSION as __version__  # noqa: F401
+
 if TYPE_CHECKING:
     from hybrimoe.api import unwrap, verify, wrap
+    from hybrimoe.calibration.measure import calibrate
     from hybrimoe.config import Config
     from hybrimoe.errors import (
         CheckpointError,
@@ -24,19 +27,18 @@ if TYPE_CHECKING:
         UnsupportedModelError,
         WrappedModelError,
     )
-    from hybrimoe.kernels.activations import Gate
-    from hybrimoe.plan_text import MemoryPlan
-    from hybrimoe.policy.routing import RoutingTrace
-    from hybrimoe.policy.simulator import Result, simulate
+    from hybrimoe.formats.gate import Gate
+    from hybrimoe.memory.text import MemoryPlan
+    from hybrimoe.models.adapters import register_adapter
+    from hybrimoe.models.weights import ExpertWeights
+    from hybrimoe.modules.verification import Verification
     from hybrimoe.pretrained import from_pretrained, plan, save_packed
     from hybrimoe.report import Report
-    from hybrimoe.runtime.adapters import ExpertWeights, register_adapter
-    from hybrimoe.runtime.measuring.calibration import calibrate
-    from hybrimoe.runtime.recording import record
     from hybrimoe.session import Runtime
-    from hybrimoe.verification import Verification
+    from hybrimoe.simulation.record import record
+    from hybrimoe.simulation.simulator import Result, simulate
+    from hybrimoe.simulation.trace import RoutingTrace
 
-__version__ = "0.1.0"
 
 __all__ = [
     "CheckpointError",
@@ -72,6 +74,7 @@ __all__ = [
 
 _HOMES = {
     "hybrimoe.api": ("unwrap", "verify", "wrap"),
+    "hybrimoe.calibration.measure": ("calibrate",),
     "hybrimoe.config": ("Config",),
     "hybrimoe.errors": (
         "CheckpointError",
@@ -85,17 +88,17 @@ _HOMES = {
         "UnsupportedModelError",
         "WrappedModelError",
     ),
-    "hybrimoe.kernels.activations": ("Gate",),
-    "hybrimoe.plan_text": ("MemoryPlan",),
-    "hybrimoe.policy.routing": ("RoutingTrace",),
-    "hybrimoe.policy.simulator": ("Result", "simulate"),
+    "hybrimoe.formats.gate": ("Gate",),
+    "hybrimoe.memory.text": ("MemoryPlan",),
+    "hybrimoe.models.adapters": ("register_adapter",),
+    "hybrimoe.models.weights": ("ExpertWeights",),
+    "hybrimoe.modules.verification": ("Verification",),
     "hybrimoe.pretrained": ("from_pretrained", "plan", "save_packed"),
     "hybrimoe.report": ("Report",),
-    "hybrimoe.runtime.adapters": ("ExpertWeights", "register_adapter"),
-    "hybrimoe.runtime.measuring.calibration": ("calibrate",),
-    "hybrimoe.runtime.recording": ("record",),
     "hybrimoe.session": ("Runtime",),
-    "hybrimoe.verification": ("Verification",),
+    "hybrimoe.simulation.record": ("record",),
+    "hybrimoe.simulation.simulator": ("Result", "simulate"),
+    "hybrimoe.simulation.trace": ("RoutingTrace",),
 }
 """Where the public names live. Each module is imported when a name of it is asked for: numba and half
 of this package would otherwise make every `import hybrimoe` half a second longer."""
@@ -117,4 +120,4 @@ def _make_known() -> None:
     importlib.import_module("hybrimoe.pretrained").make_known()
 
 
-importlib.import_module("hybrimoe.registration").announce(_make_known)
+importlib.import_module("hybrimoe.sources.registration").announce(_make_known)

@@ -2,6 +2,6 @@
 
 import sys
 
-from hybrimoe.cli import main
+from hybrimoe.cli.main import main
 
 sys.exit(main())

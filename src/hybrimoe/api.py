@@ -8,27 +8,19 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hybrimoe.accelerators import (
-    bring_back_dense,
-    check_room,
-)
 from hybrimoe.config import Config
-from hybrimoe.errors import (
-    ConfigError,
-    FormatError,
-    UnsupportedModelError,
-    WrappedModelError,
-)
-from hybrimoe.runtime import formats
-from hybrimoe.runtime.adapters import FoundExperts, find_experts
-from hybrimoe.runtime.experts import PooledExperts
-from hybrimoe.runtime.guards import ensure_unwrap_fits
-from hybrimoe.runtime.loading.load_memory import ensure_wrap_fits
-from hybrimoe.runtime.lora import check_adapters
-from hybrimoe.runtime.quantized import refuse_quantized_model
-from hybrimoe.runtime.tuners import home_of
+from hybrimoe.errors import ConfigError, FormatError, UnsupportedModelError, WrappedModelError
+from hybrimoe.models import weights as formats
+from hybrimoe.models.adapters import FoundExperts, find_experts
+from hybrimoe.models.tuners import home_of
+from hybrimoe.modules.lora import check_adapters
+from hybrimoe.modules.pooled_experts import PooledExperts
+from hybrimoe.modules.protection import ensure_unwrap_fits
+from hybrimoe.modules.verification import Verification, verify_layers
+from hybrimoe.runtime.devices.open import bring_back_dense, check_room
 from hybrimoe.session import Runtime, complete
-from hybrimoe.verification import Verification, verify_layers
+from hybrimoe.sources.load_memory import ensure_wrap_fits
+from hybrimoe.sources.quantized import refuse_quantized_model
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -12,11 +12,11 @@ from hybrimoe.choices import METHOD
 from hybrimoe.choices import WEIGHTS as WEIGHTS
 from hybrimoe.errors import ConfigError
 from hybrimoe.policy.engine import Policies
-from hybrimoe.policy.prefetcher import Prefetcher
+from hybrimoe.policy.prefetchers import Prefetcher
 from hybrimoe.policy.presets import preset
-from hybrimoe.policy.ranking import Ranking
-from hybrimoe.policy.scheduler import Scheduler
-from hybrimoe.policy.sizes import parse_size
+from hybrimoe.policy.rankings import Ranking
+from hybrimoe.policy.schedulers import Scheduler
+from hybrimoe.sizes import parse_size
 
 POLICY_TYPES = {"scheduler": Scheduler, "cache": Ranking, "prefetcher": Prefetcher}
 SCHEMA = 1

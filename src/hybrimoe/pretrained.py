@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrimoe.errors import ConfigError, WrappedModelError
-from hybrimoe.runtime.loading.hub import PLACE, look_for, named_file
+from hybrimoe.hub import PLACE, look_for, named_file
 
 if TYPE_CHECKING:
     from torch import nn
 
     from hybrimoe.config import Config
-    from hybrimoe.keeping import Keep
-    from hybrimoe.plan_text import MemoryPlan
-    from hybrimoe.runtime.storage.tiers import WeightsOf
+    from hybrimoe.memory.text import MemoryPlan
+    from hybrimoe.runtime.disk.open import WeightsOf
     from hybrimoe.session import Runtime
+    from hybrimoe.sources.keeping import Keep
 
 
 def plan(
@@ -54,7 +54,7 @@ def plan(
         if gguf_file is None:
             look_for(name, {"revision": revision})
         model = name
-    from hybrimoe import memory_plan
+    from hybrimoe.memory import plan as memory_plan
 
     return memory_plan.plan(model, vram, ram, weights, context, revision, gguf_file)
 
@@ -85,12 +85,12 @@ def from_pretrained(
         raise ConfigError(f"config must be a hybrimoe.Config, got {config!r}")
     fields = {field.name for field in dataclasses.fields(Config)}
     ours = {name: hf_kwargs.pop(name) for name in fields & hf_kwargs.keys()}
-    from hybrimoe.runtime.loading.opening import load
+    from hybrimoe.sources.open import load
 
     config = (config or Config()).replace(**ours)
     if keep_packed is False:
         return load(name_or_path, config, ours.keys(), hf_kwargs)
-    from hybrimoe.keeping import load_kept
+    from hybrimoe.sources.keeping import load_kept
 
     return load_kept(
         name_or_path, config, ours.keys(), hf_kwargs, keep_packed, load=load, save=save_packed
@@ -111,16 +111,16 @@ def save_packed(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         raise WrappedModelError(
             "save_packed needs a wrapped model; call hybrimoe.wrap(model) first"
         )
-    from hybrimoe.runtime.loading.companions import origin_of
-    from hybrimoe.runtime.loading.packed_files import Parts, save
-    from hybrimoe.runtime.tuners import own_modules
+    from hybrimoe.models.tuners import own_modules
+    from hybrimoe.sources.companions import origin_of
+    from hybrimoe.sources.packed.files import Parts, save
 
     if any(True for _ in own_modules(model)):
         raise WrappedModelError(
             "save_packed writes no adapters; save them by save_pretrained, and the model itself after "
             "merge_and_unload() or unload()"
         )
-    from hybrimoe.runtime.loading.quantizer import bytes_bar
+    from hybrimoe.sources.loader import bytes_bar
 
     origin = runtime.origin or origin_of(str(getattr(model, "name_or_path", None) or ""))
     parts = Parts(model, runtime.layers, runtime.linears, runtime.config.linear, origin)
@@ -137,7 +137,7 @@ def save_packed(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 def make_known() -> None:
     """Let transformers take a `Config` as its `quantization_config`; again changes nothing."""
-    from hybrimoe.runtime.loading.quantizer import register
+    from hybrimoe.sources.loader import register
 
     register(_start, _finish)
 

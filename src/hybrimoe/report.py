@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hybrimoe.config import Config
-    from hybrimoe.runtime.experts import PooledExperts
-    from hybrimoe.runtime.hybrid import Hybrid
-    from hybrimoe.runtime.measuring.stats import Stats
-    from hybrimoe.runtime.storage.disk import DiskTier
+    from hybrimoe.modules.pooled_experts import PooledExperts
+    from hybrimoe.runtime.coordinator import Hybrid
+    from hybrimoe.runtime.counters import Stats
+    from hybrimoe.runtime.disk.tier import DiskTier
 
 
 NAMES = {"CPU": "CPU", "GPU": "accelerator", "LINK": "link", "POLICY": "policies"}

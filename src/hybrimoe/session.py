@@ -13,43 +13,42 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from hybrimoe.accelerators import (
+from hybrimoe.attempts import Attempts
+from hybrimoe.calibration.pool_cost import cost_of
+from hybrimoe.config import Config
+from hybrimoe.errors import ConfigError
+from hybrimoe.files import write_atomically
+from hybrimoe.models.adapters import FoundExperts, top_k_of
+from hybrimoe.models.places import holder_of
+from hybrimoe.models.releases import warn_if_untested
+from hybrimoe.models.routers import seats_of
+from hybrimoe.modules.counts import Counts
+from hybrimoe.modules.frozen import FrozenNotice
+from hybrimoe.modules.fused_norm import FusedNorm, find_norms
+from hybrimoe.modules.lora import Folding
+from hybrimoe.modules.packed_linear import PackedLinear, find_linears
+from hybrimoe.modules.pooled_experts import PooledExperts
+from hybrimoe.modules.protection import Guards
+from hybrimoe.modules.replacement import refuse_copy, refuse_pickle
+from hybrimoe.modules.shared_experts import EarlyExperts
+from hybrimoe.modules.warming import needs_of, warm
+from hybrimoe.policy.timeline import perfetto
+from hybrimoe.report import Report
+from hybrimoe.runtime.coordinator import Hybrid
+from hybrimoe.runtime.counters import Stats
+from hybrimoe.runtime.devices.base import Accelerator
+from hybrimoe.runtime.devices.open import (
     bring_back_dense,
     check_device,
     move_dense,
     open_accelerator,
 )
-from hybrimoe.config import Config
-from hybrimoe.errors import (
-    ConfigError,
-)
-from hybrimoe.kernels.threads import usable_cores
-from hybrimoe.policy.cost import write_atomically
-from hybrimoe.policy.timeline import perfetto
-from hybrimoe.report import Report
-from hybrimoe.runtime.adapters import FoundExperts, top_k_of
-from hybrimoe.runtime.attempts import Attempts
-from hybrimoe.runtime.counts import Counts
-from hybrimoe.runtime.devices.device import Accelerator
-from hybrimoe.runtime.devices.memory import kv_bytes
-from hybrimoe.runtime.experts import PooledExperts
-from hybrimoe.runtime.foresight import Foresight
-from hybrimoe.runtime.frozen import FrozenNotice
-from hybrimoe.runtime.guards import Guards, refuse_copy, refuse_pickle
-from hybrimoe.runtime.hybrid import Hybrid
-from hybrimoe.runtime.linears import PackedLinear, find_linears
-from hybrimoe.runtime.loading.packed_linears import StoredLinear
-from hybrimoe.runtime.lora import Folding
-from hybrimoe.runtime.measuring.pool_cost import cost_of
-from hybrimoe.runtime.measuring.stats import Stats
-from hybrimoe.runtime.places import holder_of
+from hybrimoe.runtime.disk.open import WeightsOf, open_tier
+from hybrimoe.runtime.inputs import Foresight
 from hybrimoe.runtime.pool import ExpertPool
-from hybrimoe.runtime.releases import warn_if_untested
-from hybrimoe.runtime.rms_norms import FusedNorm, find_norms
-from hybrimoe.runtime.routers import seats_of
-from hybrimoe.runtime.shared_experts import EarlyExperts
-from hybrimoe.runtime.storage.tiers import WeightsOf, open_tier
-from hybrimoe.runtime.warming import needs_of, warm
+from hybrimoe.runtime.slot_budget import kv_bytes
+from hybrimoe.simd.threads import usable_cores
+from hybrimoe.sources.packed.linears import StoredLinear
 
 logger = logging.getLogger("hybrimoe")
 

@@ -105,10 +105,10 @@ def test_fifty_cycles_leave_no_memory_behind():
 
 def test_slots_beyond_two_gigabytes_are_reached():
     """Offsets into the slab need 64 bits."""
-    from hybrimoe.kernels import torch_experts
-    from hybrimoe.kernels.activations import Gate
-    from hybrimoe.kernels.layout import expert_layout
-    from hybrimoe.kernels.torch_pairs import Slots, pairs_of
+    from hybrimoe.formats.gate import Gate
+    from hybrimoe.formats.layout import expert_layout
+    from hybrimoe.kernels.gpu import torch_experts
+    from hybrimoe.kernels.gpu.pairs import Slots, pairs_of
 
     if torch.cuda.mem_get_info()[0] < 8 << 30:
         pytest.skip("needs 8 GiB of free device memory")

@@ -5,7 +5,7 @@ import torch
 from tiny_gpu_models import make_model, nmse, on_gpu, outputs, wrapped
 
 import hybrimoe
-from hybrimoe.kernels import torch_experts, triton_experts
+from hybrimoe.kernels.gpu import torch_experts, triton_experts
 from hybrimoe.policy.presets import PRESETS
 from hybrimoe.runtime.devices.cuda import TorchAccelerator
 

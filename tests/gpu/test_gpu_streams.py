@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_gpu_models import Racing, make_model, on_gpu, outputs, wrapped
 
-from hybrimoe.kernels import triton_experts
+from hybrimoe.kernels.gpu import triton_experts
 from hybrimoe.runtime.devices.cuda import TorchAccelerator
 
 pytestmark = on_gpu

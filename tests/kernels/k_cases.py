@@ -6,10 +6,11 @@ import numpy as np
 from gguf import GGMLQuantizationType, quants
 from kernel_cases import SILU
 
-from hybrimoe.kernels import ggml, reference
-from hybrimoe.kernels.ggml_k import FORMATS, relay_k
-from hybrimoe.kernels.layout import QUANTIZED, expert_layout, split
-from hybrimoe.kernels.moe import PackedLayer
+from hybrimoe.formats.layout import QUANTIZED, expert_layout, split
+from hybrimoe.kernels import reference
+from hybrimoe.kernels.cpu import relay as ggml
+from hybrimoe.kernels.cpu.relay_k import FORMATS, relay_k
+from hybrimoe.kernels.cpu.run_layer import PackedLayer
 
 K_TYPES = {fmt: kind for kind, fmt in FORMATS.items()}
 BLOCK = {ggml.Q4_K: 144, ggml.Q5_K: 176, ggml.Q6_K: 210}

@@ -4,12 +4,13 @@ import functools
 
 import numpy as np
 
-from hybrimoe.kernels import moe, reference
-from hybrimoe.kernels.activations import NAMES, Gate
-from hybrimoe.kernels.layout import BLOCK_BYTES, QUANTIZED, expert_layout, is_integer
-from hybrimoe.kernels.moe import HOST_ISA, PackedLayer, run_layer
-from hybrimoe.kernels.simd import ISAS, runs_here
-from hybrimoe.kernels.workspace import Workspace
+from hybrimoe.formats.gate import NAMES, Gate
+from hybrimoe.formats.layout import BLOCK_BYTES, QUANTIZED, expert_layout, is_integer
+from hybrimoe.kernels import reference
+from hybrimoe.kernels.cpu import run_layer as moe
+from hybrimoe.kernels.cpu.run_layer import PackedLayer, run_layer
+from hybrimoe.kernels.cpu.workspace import Workspace
+from hybrimoe.simd.isa import HOST_ISA, ISAS, runs_here
 
 SILU, CLAMPED = Gate(NAMES.index("silu")), Gate(NAMES.index("silu"), 1.702, 7.0, 1.0)
 

@@ -5,11 +5,11 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, quants
 
-from hybrimoe.kernels import ggml
-from hybrimoe.kernels.activations import Gate
-from hybrimoe.kernels.layout import expert_layout
-from hybrimoe.runtime import formats
-from hybrimoe.runtime.adapters import ExpertWeights
+from hybrimoe.formats.gate import Gate
+from hybrimoe.formats.layout import expert_layout
+from hybrimoe.kernels.cpu import relay as ggml
+from hybrimoe.models import weights as formats
+from hybrimoe.models.weights import ExpertWeights
 
 EXACT = [
     (ggml.Q4_0, 4), (ggml.Q4_0, 8), (ggml.Q5_0, 8), (ggml.IQ4_NL, 8), (ggml.Q8_0, 8),

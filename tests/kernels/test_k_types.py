@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 from k_cases import BLOCK, HALVES, K_TYPES, make_layer, random_blocks, read_with_gguf, relay
 from kernel_cases import expected, make_batch, nmse, run, share_all_work, tolerance
 
-from hybrimoe.kernels import ggml, reference
-from hybrimoe.kernels.activations import Gate
-from hybrimoe.kernels.layout import QUANTIZED, expert_layout
-from hybrimoe.kernels.moe import HOST_ISA
-from hybrimoe.kernels.simd import ISAS, runs_here
-from hybrimoe.runtime import formats
-from hybrimoe.runtime.adapters import ExpertWeights
+from hybrimoe.formats.gate import Gate
+from hybrimoe.formats.layout import QUANTIZED, expert_layout
+from hybrimoe.kernels import reference
+from hybrimoe.kernels.cpu import relay as ggml
+from hybrimoe.models import weights as formats
+from hybrimoe.models.weights import ExpertWeights
+from hybrimoe.simd.isa import HOST_ISA, ISAS, runs_here
 
 TOKENS = (1, 2, 3, 5, 8, 13, 32)
 MIXED = ("q4_k+q6_k", "q4_k+int8", "int4+int8")

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybrimoe.kernels.layout import (
+from hybrimoe.formats.layout import (
     BLOCK_BYTES,
     GROUP,
     K_HEAD,

@@ -5,11 +5,12 @@ import pytest
 import torch
 
 from hybrimoe.errors import RoutingError
-from hybrimoe.kernels import moe, reference
-from hybrimoe.kernels.linear import run_linear
-from hybrimoe.kernels.simd import runs_here
-from hybrimoe.kernels.workspace import Workspace
-from hybrimoe.runtime.linears import pack_matrix
+from hybrimoe.kernels import reference
+from hybrimoe.kernels.cpu import run_layer as moe
+from hybrimoe.kernels.cpu.linear import run_linear
+from hybrimoe.kernels.cpu.workspace import Workspace
+from hybrimoe.modules.packed_linear import pack_matrix
+from hybrimoe.simd.isa import runs_here
 
 TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CASES = [("int4", "float32"), ("int8", "float32"), ("int4", "bfloat16"), ("int8", "float16")]
@@ -54,7 +55,7 @@ def test_a_packed_matrix_computes_what_it_holds(fmt, dtype, outputs, inputs, tok
 
 @pytest.mark.parametrize("fmt", ["int4", "int8"])
 def test_threads_and_batch_change_no_bit(monkeypatch, fmt):
-    monkeypatch.setattr("hybrimoe.kernels.linear.SMALL", 0)
+    monkeypatch.setattr("hybrimoe.kernels.cpu.linear.SMALL", 0)
     matrix, _, _ = make_matrix(fmt, 200, 96, bias=True)
     x = np.random.default_rng(0).standard_normal((11, 96)).astype(np.float32)
     alone = np.concatenate([run(matrix, row[None], "float32", threads=1) for row in x])

@@ -21,11 +21,12 @@ from kernel_cases import (
 )
 
 from hybrimoe.errors import RoutingError
-from hybrimoe.kernels import moe, reference
-from hybrimoe.kernels.activations import NAMES, SOFTCAP, Gate
-from hybrimoe.kernels.layout import BLOCK_BYTES, QUANTIZED
-from hybrimoe.kernels.moe import run_layer
-from hybrimoe.kernels.workspace import Workspace
+from hybrimoe.formats.gate import NAMES, SOFTCAP, Gate
+from hybrimoe.formats.layout import BLOCK_BYTES, QUANTIZED
+from hybrimoe.kernels import reference
+from hybrimoe.kernels.cpu import run_layer as moe
+from hybrimoe.kernels.cpu.run_layer import run_layer
+from hybrimoe.kernels.cpu.workspace import Workspace
 
 TOKENS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 32)
 SHAPES = {  # D, F, gated, bias; the third has three shards, the fourth one, the fifth five

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from kernel_cases import make_weights
 
-from hybrimoe.kernels import packing, reference
-from hybrimoe.kernels.dtypes import DTYPES
-from hybrimoe.kernels.layout import QUANTIZED, expert_layout
-from hybrimoe.kernels.rows import FORMATS
+from hybrimoe.formats.layout import QUANTIZED, expert_layout
+from hybrimoe.formats.loops import FORMATS
+from hybrimoe.kernels import reference
+from hybrimoe.kernels.cpu import pack as packing
+from hybrimoe.simd.dtypes import DTYPES
 
 SHAPES = [(64, 128, True), (70, 250, True), (33, 90, True), (100, 31, False), (32, 160, False)]
 SOURCES = [

@@ -5,8 +5,8 @@ import pytest
 from kernel_cases import make_batch, make_layer, run
 
 from hybrimoe.errors import RoutingError
-from hybrimoe.kernels.moe import run_layer
-from hybrimoe.kernels.workspace import Workspace
+from hybrimoe.kernels.cpu.run_layer import run_layer
+from hybrimoe.kernels.cpu.workspace import Workspace
 
 
 def shuffled(layer, rows=9, seed=0):

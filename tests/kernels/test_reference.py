@@ -6,9 +6,9 @@ import torch
 from kernel_cases import CLAMPED, make_batch, make_weights
 from torch.nn import functional
 
+from hybrimoe.formats.gate import NAMES, SOFTCAP, Gate
+from hybrimoe.formats.layout import BLOCK_BYTES, QUANTIZED, expert_layout
 from hybrimoe.kernels import reference
-from hybrimoe.kernels.activations import NAMES, SOFTCAP, Gate
-from hybrimoe.kernels.layout import BLOCK_BYTES, QUANTIZED, expert_layout
 
 TORCH = {
     "silu": functional.silu,

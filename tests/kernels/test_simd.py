@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from llvmlite import ir
 
-from hybrimoe.kernels import dots, simd
-from hybrimoe.kernels.simd import ISAS, detect_isa, runs_here
+from hybrimoe.simd import isa as dots
+from hybrimoe.simd import vectors as simd
+from hybrimoe.simd.isa import ISAS, detect_isa, runs_here
 
 HERE = [isa for isa in ISAS if runs_here(isa)]
 ABSENT = [isa for isa in ISAS if not runs_here(isa)]

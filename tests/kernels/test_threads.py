@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from kernel_cases import make_batch, make_layer, run, share_all_work
 
-from hybrimoe.kernels import moe, threads
-from hybrimoe.kernels.moe import run_layer
-from hybrimoe.kernels.threads import launch, usable_cores
-from hybrimoe.kernels.workspace import Workspace
+from hybrimoe.kernels.cpu import run_layer as moe
+from hybrimoe.kernels.cpu.run_layer import run_layer
+from hybrimoe.kernels.cpu.workspace import Workspace
+from hybrimoe.simd import threads
+from hybrimoe.simd.threads import launch, usable_cores
 
 CALLERS = 4
 
@@ -92,8 +93,8 @@ def test_a_forked_child_computes_the_same_on_one_thread():
         import os, signal, sys, time
         import numpy as np
         from kernel_cases import make_batch, make_layer, run
-        from hybrimoe.kernels import moe
-        from hybrimoe.kernels.threads import launch
+        from hybrimoe.kernels.cpu import run_layer as moe
+        from hybrimoe.simd.threads import launch
 
         moe.SMALL = 0
         layer, batch = make_layer("float32", 64, 128)[0], make_batch(5, 64, 5, 2)
@@ -123,7 +124,7 @@ def test_concurrent_callers_survive_the_layer_of_numba_that_aborts():
     script = """
         import threading
         from kernel_cases import make_batch, make_layer, run
-        from hybrimoe.kernels import moe
+        from hybrimoe.kernels.cpu import run_layer as moe
 
         moe.SMALL = 0
         layer, batch = make_layer("float32", 64, 128)[0], make_batch(5, 64, 5, 2)

@@ -6,12 +6,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from hybrimoe.kernels.activations import NAMES, SOFTCAP, Gate
-from hybrimoe.kernels.layout import expert_layout, has_k_types
-from hybrimoe.kernels.torch_pairs import Pairs, Slots
-from hybrimoe.runtime.adapters import ExpertWeights, evaluate_gate
-from hybrimoe.runtime.formats import pack, unpack
-from hybrimoe.runtime.measuring.random_experts import fill_random
+from hybrimoe.calibration.random_experts import fill_random
+from hybrimoe.formats.gate import NAMES, SOFTCAP, Gate
+from hybrimoe.formats.layout import expert_layout, has_k_types
+from hybrimoe.kernels.gpu.pairs import Pairs, Slots
+from hybrimoe.models.gates import evaluate_gate
+from hybrimoe.models.weights import ExpertWeights, pack, unpack
 
 FORMATS = ("int4", "int8", "bfloat16", "float16", "float32")
 SILU = Gate(NAMES.index("silu"))

@@ -19,9 +19,9 @@ from gpu_cases import (
 )
 from triton.runtime import interpreter
 
-from hybrimoe.kernels import triton_experts
-from hybrimoe.kernels.torch_pairs import by_slot
-from hybrimoe.kernels.triton_experts import run, tile_size, tile_starts
+from hybrimoe.kernels.gpu import triton_experts
+from hybrimoe.kernels.gpu.pairs import by_slot
+from hybrimoe.kernels.gpu.triton_experts import run, tile_size, tile_starts
 
 PATHS = {"pairs": False, "tiles": True}
 _patch_tensor = interpreter._patch_lang_tensor

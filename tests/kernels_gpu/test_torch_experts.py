@@ -15,9 +15,9 @@ from gpu_cases import (
     without_pairs,
 )
 
-from hybrimoe.kernels import torch_experts
-from hybrimoe.kernels.torch_experts import cut_batches, run
-from hybrimoe.kernels.torch_pairs import Run
+from hybrimoe.kernels.gpu import torch_experts
+from hybrimoe.kernels.gpu.pairs import Run
+from hybrimoe.kernels.gpu.torch_experts import cut_batches, run
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 PARTIAL = [Case(fmt, bias=bias) for fmt in ("int4", "float16") for bias in (True, False)]

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from hybrimoe.kernels.torch_pairs import Run, begins, by_slot, pairs_of
+from hybrimoe.kernels.gpu.pairs import Run, begins, by_slot, pairs_of
 
 SLOTS = np.array([[2, 9], [9, 9], [0, 2]], np.int64)  # 9 is the row that stands for no slot
 WEIGHTS = np.arange(6, dtype=np.float32).reshape(3, 2)

@@ -11,9 +11,9 @@ import pytest
 import torch
 from gpu_cases import BOUNDS, SILU, Case, compute, error, grid, layer_of, make_batch, partial_sum
 
-from hybrimoe.kernels import triton_experts
-from hybrimoe.kernels.layout import expert_layout
-from hybrimoe.kernels.triton_experts import (
+from hybrimoe.formats.layout import expert_layout
+from hybrimoe.kernels.gpu import triton_experts
+from hybrimoe.kernels.gpu.triton_experts import (
     BLOCKS,
     GROUPS,
     TILES,
@@ -57,7 +57,7 @@ def test_without_triton_using_it_says_what_is_missing(monkeypatch):
 
 
 def test_importing_without_triton_works():
-    code = "import sys; sys.modules['triton'] = None; import hybrimoe.kernels.triton_experts as t; "
+    code = "import sys; sys.modules['triton'] = None; import hybrimoe.kernels.gpu.triton_experts as t; "
     done = subprocess.run(
         [sys.executable, "-c", code + "print(t.available())"], capture_output=True, text=True
     )
@@ -67,7 +67,7 @@ def test_importing_without_triton_works():
 
 @needs_triton
 def test_importing_asks_for_no_driver():
-    code = "import hybrimoe.kernels.triton_experts as t, torch; print(t.available(), end=' '); "
+    code = "import hybrimoe.kernels.gpu.triton_experts as t, torch; print(t.available(), end=' '); "
     code += "print(torch.cuda.is_initialized())"
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(

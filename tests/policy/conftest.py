@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from hybrimoe.policy.routing import RoutingTrace
-from hybrimoe.policy.sources import read_trace
+from hybrimoe.simulation.foreign import read_trace
+from hybrimoe.simulation.trace import RoutingTrace
 
 CUT = Path(__file__).parents[1] / "assets" / "traces" / "gptoss20b_cut.npz"
 

@@ -10,9 +10,11 @@ from policy_cases import examples
 
 from hybrimoe.errors import ConfigError, PolicyError
 from hybrimoe.policy.cache import Cache, quotas
-from hybrimoe.policy.ranking import LFU, LRU, LRU2, MRS, Belady, Books, Ranking, Static
-from hybrimoe.policy.routing import Load, RoutingTrace
+from hybrimoe.policy.rankings import LFU, LRU, LRU2, MRS, Books, Ranking, Static
+from hybrimoe.policy.routing import Load
 from hybrimoe.policy.timeline import Array
+from hybrimoe.simulation.belady import Belady
+from hybrimoe.simulation.trace import RoutingTrace
 
 TRAFFIC = st.tuples(st.integers(0, 2), st.integers(0, 5), st.integers(0, 5))
 

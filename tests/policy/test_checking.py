@@ -10,20 +10,21 @@ from policy_cases import make_cost, make_load
 
 from hybrimoe.errors import ConfigError, PlanError, PolicyError
 from hybrimoe.policy.cache import Cache
-from hybrimoe.policy.checking import (
+from hybrimoe.policy.checked import (
     CheckedRanking,
     checked_prefetcher,
     checked_ranking,
     checked_scheduler,
 )
 from hybrimoe.policy.engine import Engine, Policies
-from hybrimoe.policy.forecaster import Markov
-from hybrimoe.policy.prefetcher import Impact, Never, Prefetcher
+from hybrimoe.policy.forecasts import Markov
+from hybrimoe.policy.plan import Plan
+from hybrimoe.policy.prediction import SimExecutor
+from hybrimoe.policy.prefetchers import Impact, Never, Prefetcher
 from hybrimoe.policy.presets import PRESETS, preset
-from hybrimoe.policy.ranking import LRU, MRS, Ranking
+from hybrimoe.policy.rankings import LRU, MRS, Ranking
 from hybrimoe.policy.routing import Forecast, Load
-from hybrimoe.policy.scheduler import Plan, Scheduler, Split, Static
-from hybrimoe.policy.simulator import SimExecutor
+from hybrimoe.policy.schedulers import Scheduler, Split, Static
 from hybrimoe.policy.timeline import Timeline
 
 LOAD, READY = make_load([1, 1, 1], experts=8), np.array([0.0, math.inf, 0.0])

@@ -12,13 +12,14 @@ from hybrimoe.errors import PlanError
 from hybrimoe.policy.cache import Cache, Move
 from hybrimoe.policy.cost import CostModel
 from hybrimoe.policy.engine import Engine, Policies
-from hybrimoe.policy.forecaster import Markov
-from hybrimoe.policy.prefetcher import Impact, Never, NextLayer
+from hybrimoe.policy.forecasts import Markov
+from hybrimoe.policy.plan import Plan
+from hybrimoe.policy.prediction import SimExecutor
+from hybrimoe.policy.prefetchers import Impact, Never, NextLayer
 from hybrimoe.policy.presets import PRESETS
-from hybrimoe.policy.ranking import LRU, MRS
+from hybrimoe.policy.rankings import LRU, MRS
 from hybrimoe.policy.routing import Forecast, Load
-from hybrimoe.policy.scheduler import Hybrid, OnDemand, Plan, Scheduler, Split, Static
-from hybrimoe.policy.simulator import SimExecutor
+from hybrimoe.policy.schedulers import Hybrid, OnDemand, Scheduler, Split, Static
 from hybrimoe.policy.timeline import Array, Timeline
 
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from policy_cases import examples
 
-from hybrimoe.policy.fitting import (
+from hybrimoe.calibration.fit import (
     Sample,
     fit,
     fit_contended,

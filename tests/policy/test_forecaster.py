@@ -5,7 +5,7 @@ import pytest
 from policy_cases import make_load
 
 from hybrimoe.errors import ConfigError
-from hybrimoe.policy.forecaster import Markov, Trust
+from hybrimoe.policy.forecasts import Markov, Trust
 from hybrimoe.policy.routing import Forecast, Load
 
 

@@ -11,13 +11,13 @@ from test_engine import Memory
 
 from hybrimoe.errors import ConfigError, PolicyError
 from hybrimoe.policy.cache import Cache, quotas
-from hybrimoe.policy.checking import checked_prefetcher
+from hybrimoe.policy.checked import checked_prefetcher
 from hybrimoe.policy.cost import CostModel
 from hybrimoe.policy.engine import Engine
-from hybrimoe.policy.forecaster import Markov, Trust
-from hybrimoe.policy.prefetcher import NextLayer
+from hybrimoe.policy.forecasts import Markov, Trust
+from hybrimoe.policy.prefetchers import NextLayer
 from hybrimoe.policy.presets import PRESETS, preset
-from hybrimoe.policy.ranking import LRU, Books, NextToken
+from hybrimoe.policy.rankings import LRU, Books, NextToken
 from hybrimoe.policy.routing import Forecast, Load
 from hybrimoe.policy.timeline import Lane, Span, Timeline
 

@@ -5,11 +5,13 @@ import pytest
 from policy_cases import make_cost
 
 from hybrimoe.errors import ConfigError
-from hybrimoe.policy.oracle import Exact, perfect_forecasts
-from hybrimoe.policy.routing import Load, RoutingTrace
-from hybrimoe.policy.scheduler import DALI, Hybrid, Scheduler, Split, validate
-from hybrimoe.policy.synthesis import synthesise
+from hybrimoe.policy.plan import validate
+from hybrimoe.policy.routing import Load
+from hybrimoe.policy.schedulers import DALI, Hybrid, Scheduler, Split
 from hybrimoe.policy.timeline import Timeline
+from hybrimoe.simulation.oracle import Exact, perfect_forecasts
+from hybrimoe.simulation.synthesis import synthesise
+from hybrimoe.simulation.trace import RoutingTrace
 
 
 def test_perfect_forecasts_name_what_is_activated(cut: RoutingTrace) -> None:

@@ -7,8 +7,8 @@ import numba
 import numpy as np
 import pytest
 
-from hybrimoe import caching
 from hybrimoe.policy import jit
+from hybrimoe.simd import compile as caching
 
 FOLDER = Path(jit.__file__).parent
 SOURCE = """

@@ -8,10 +8,10 @@ from policy_cases import examples, make_cost, make_load
 
 from hybrimoe.errors import ConfigError
 from hybrimoe.policy.cache import Cache
-from hybrimoe.policy.prefetcher import Impact, Never, NextLayer, Prefetcher
-from hybrimoe.policy.ranking import LRU
+from hybrimoe.policy.prefetchers import Impact, Never, NextLayer, Prefetcher
+from hybrimoe.policy.rankings import LRU
 from hybrimoe.policy.routing import Forecast
-from hybrimoe.policy.scheduler import Hybrid, OnDemand
+from hybrimoe.policy.schedulers import Hybrid, OnDemand
 from hybrimoe.policy.timeline import Lane, Timeline
 
 

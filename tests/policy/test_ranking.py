@@ -6,9 +6,11 @@ import pytest
 from hybrimoe.errors import ConfigError
 from hybrimoe.policy.cache import Cache
 from hybrimoe.policy.following import by_worth
-from hybrimoe.policy.ranking import MRS, Belady, NextToken
-from hybrimoe.policy.routing import Load, RoutingTrace
-from hybrimoe.policy.synthesis import hit_rate
+from hybrimoe.policy.rankings import MRS, NextToken
+from hybrimoe.policy.routing import Load
+from hybrimoe.simulation.belady import Belady
+from hybrimoe.simulation.synthesis import hit_rate
+from hybrimoe.simulation.trace import RoutingTrace
 
 
 def load(layer: int, *experts: int, tokens: int = 1, of: int = 8) -> Load:

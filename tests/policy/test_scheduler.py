@@ -11,21 +11,18 @@ from policy_cases import examples, make_cost, make_load
 
 from hybrimoe.errors import PlanError
 from hybrimoe.policy.cost import CostModel
-from hybrimoe.policy.planning import by_tokens, makespan
+from hybrimoe.policy.plan import Plan, by_tokens, makespan, place, validate
 from hybrimoe.policy.routing import Load
-from hybrimoe.policy.scheduler import (
+from hybrimoe.policy.schedulers import (
     DALI,
     CpuOnly,
     Fiddler,
     Hybrid,
     LayerWise,
     OnDemand,
-    Plan,
     Scheduler,
     Split,
     Static,
-    place,
-    validate,
 )
 from hybrimoe.policy.timeline import Array, Lane, Timeline
 

@@ -9,18 +9,20 @@ from policy_cases import make_cost
 
 from hybrimoe.errors import ConfigError, PlanError, ProfileError
 from hybrimoe.policy.cost import CostModel
-from hybrimoe.policy.oracle import perfect_forecasts
-from hybrimoe.policy.prefetcher import Impact, Never
+from hybrimoe.policy.plan import Plan
+from hybrimoe.policy.prefetchers import Impact, Never
 from hybrimoe.policy.presets import PRESETS, preset
 from hybrimoe.policy.profiles import PROFILES
-from hybrimoe.policy.ranking import LRU, MRS, NextToken
-from hybrimoe.policy.routing import Load, RoutingTrace
-from hybrimoe.policy.scheduler import CpuOnly, OnDemand, Plan, Scheduler, Static
-from hybrimoe.policy.simulator import Result, simulate
-from hybrimoe.policy.sizes import expert_budget
-from hybrimoe.policy.sources import from_fractions
-from hybrimoe.policy.synthesis import synthesise
+from hybrimoe.policy.rankings import LRU, MRS, NextToken
+from hybrimoe.policy.routing import Load
+from hybrimoe.policy.schedulers import CpuOnly, OnDemand, Scheduler, Static
 from hybrimoe.policy.timeline import Array, Lane, Timeline
+from hybrimoe.simulation.foreign import from_fractions
+from hybrimoe.simulation.oracle import perfect_forecasts
+from hybrimoe.simulation.simulator import Result, simulate
+from hybrimoe.simulation.synthesis import synthesise
+from hybrimoe.simulation.trace import RoutingTrace
+from hybrimoe.sizes import expert_budget
 
 GOLDEN = {
     "hybrimoe": (0.012305140013137381, 0.6206597222222222, 20.683333333333334),

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from policy_cases import examples
 
-from hybrimoe.policy.plans import left_to_cpu
+from hybrimoe.policy.plan import left_to_cpu
 from hybrimoe.policy.slots import lacks_any, place_in_slots
 
 SEEDS = st.integers(0, 2**32 - 1)

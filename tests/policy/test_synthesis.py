@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 
 from hybrimoe.errors import ConfigError
-from hybrimoe.policy.ranking import LRU, MRS, Belady
-from hybrimoe.policy.routing import RoutingTrace
-from hybrimoe.policy.statistics import statistics
-from hybrimoe.policy.synthesis import hit_rate, synthesise
+from hybrimoe.policy.rankings import LRU, MRS
+from hybrimoe.simulation.belady import Belady
+from hybrimoe.simulation.statistics import statistics
+from hybrimoe.simulation.synthesis import hit_rate, synthesise
+from hybrimoe.simulation.trace import RoutingTrace
 
 # Model: experts, top-k and LRU's hit rate with a quarter of the experts (the paper's Fig. 9).
 PAPER = {"mixtral": (8, 2, 0.302), "deepseek": (64, 6, 0.477), "qwen2": (64, 8, 0.450)}

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hybrimoe.kernels.activations import NAMES, Gate
-from hybrimoe.kernels.layout import GROUP, K_HEAD, LINE, QUANTIZED, ROWS, Layout, block_bytes, split
+from hybrimoe.formats.gate import NAMES, Gate
+from hybrimoe.formats.layout import GROUP, K_HEAD, LINE, QUANTIZED, ROWS, Layout, block_bytes, split
 from hybrimoe.kernels.reference_k import unpack_k_block
 
 LEVELS = {"int4": 8, "int8": 127}

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from hybrimoe.kernels.layout import K_GROUP, K_HEAD, ROWS
+from hybrimoe.formats.layout import K_GROUP, K_HEAD, ROWS
 
 
 def unpack_k_block(fmt, block):

@@ -10,9 +10,8 @@ import numpy as np
 
 from hybrimoe.errors import ConfigError, PolicyError
 from hybrimoe.policy.following import most_wanted
-from hybrimoe.policy.ranking import Books, Ranking, Static
+from hybrimoe.policy.rankings import Books, Ranking, Static
 from hybrimoe.policy.routing import Load
-from hybrimoe.policy.sizes import expert_counts
 from hybrimoe.policy.slots import (
     claim,
     claim_copies,
@@ -26,6 +25,7 @@ from hybrimoe.policy.slots import (
     release_slots,
 )
 from hybrimoe.policy.timeline import Array
+from hybrimoe.sizes import expert_counts
 
 FLOOR = 0.75  # of an equal share: what one layer gives up beyond helps no other layer as much
 

@@ -13,7 +13,6 @@ import json
 import math
 import os
 import statistics
-import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from hybrimoe.errors import ProfileError
+from hybrimoe.files import write_atomically
 from hybrimoe.policy.timeline import Array, Lane, Span
 
 VERSION = 1
@@ -195,20 +195,6 @@ class CostModel:
         numbers += [self.expert_bytes / self.link_bandwidth]
         numbers += [self.expert_bytes / self.link_bandwidth_contended, self.shards]
         return np.array(numbers, np.float64)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file in one step, so that an interruption leaves the old one whole."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-    try:
-        with open(part, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
 
 
 def _fields() -> list["dataclasses.Field[Any]"]:

@@ -10,14 +10,15 @@ import numpy as np
 
 from hybrimoe.errors import PolicyError
 from hybrimoe.policy.cache import Cache, Move
-from hybrimoe.policy.checking import checked_prefetcher, checked_ranking, checked_scheduler
+from hybrimoe.policy.checked import checked_prefetcher, checked_ranking, checked_scheduler
 from hybrimoe.policy.cost import CostModel
 from hybrimoe.policy.following import by_worth
-from hybrimoe.policy.forecaster import Markov, Trust
-from hybrimoe.policy.prefetcher import Prefetcher
-from hybrimoe.policy.ranking import Ranking
+from hybrimoe.policy.forecasts import Markov, Trust
+from hybrimoe.policy.plan import Plan, validate
+from hybrimoe.policy.prefetchers import Prefetcher
+from hybrimoe.policy.rankings import Ranking
 from hybrimoe.policy.routing import Forecast, Load
-from hybrimoe.policy.scheduler import Plan, Scheduler, validate
+from hybrimoe.policy.schedulers import Scheduler
 from hybrimoe.policy.slots import tally
 from hybrimoe.policy.timeline import Array, Lane, Timeline
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from hybrimoe.policy.cost import FIRST, LATENCY, LOAD_CONTENDED, SHARDS
 from hybrimoe.policy.jit import compiled, inlined, inner
-from hybrimoe.policy.planning import (
+from hybrimoe.policy.plan import (
     BETTER,
     CPU,
     GPU,

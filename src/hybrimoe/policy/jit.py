@@ -5,8 +5,8 @@ from typing import Any
 
 import numba
 
-from hybrimoe.caching import cache_for
-from hybrimoe.linking import LinkedCompiler
+from hybrimoe.simd.compile import cache_for
+from hybrimoe.simd.linking import LinkedCompiler
 
 
 def compiled(function: Callable[..., Any]) -> Any:

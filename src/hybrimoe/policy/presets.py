@@ -2,10 +2,10 @@
 
 from hybrimoe.errors import ConfigError
 from hybrimoe.policy.engine import Policies
-from hybrimoe.policy.prefetcher import Impact, Never, NextLayer
-from hybrimoe.policy.ranking import LRU, MRS, NextToken, Static
-from hybrimoe.policy.scheduler import CpuOnly, Fiddler, Hybrid, LayerWise, OnDemand, Split
-from hybrimoe.policy.scheduler import Static as Resident
+from hybrimoe.policy.prefetchers import Impact, Never, NextLayer
+from hybrimoe.policy.rankings import LRU, MRS, NextToken, Static
+from hybrimoe.policy.schedulers import CpuOnly, Fiddler, Hybrid, LayerWise, OnDemand, Split
+from hybrimoe.policy.schedulers import Static as Resident
 
 PRESETS: dict[str, Policies] = {
     "hybrimoe": Policies(Split(), NextToken(admission=True, backfill=True), Impact(depth=2)),

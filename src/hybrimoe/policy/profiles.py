@@ -188,6 +188,15 @@ H200 = Profile(
     plan_s=10e-6,
     forecast_s=13e-6,
 )
+
+
+def profile(name: str) -> Profile:
+    """A shipped profile by its name."""
+    if name not in PROFILES:
+        raise ProfileError(f"profile must be one of {', '.join(PROFILES)}, got {name!r}")
+    return PROFILES[name]
+
+
 PROFILES = {profile.name: profile for profile in (A6000, DESKTOP, LAPTOP, H200)}
 
 # Published configurations; dense weights are attention, router and shared experts of one layer.
@@ -222,13 +231,6 @@ def rates_of(cost: CostModel, shape: Shape, name: str) -> Profile:
         plan_s=max(cost.plan_s, LEAST_S),
         forecast_s=max(cost.forecast_s, LEAST_S),
     )
-
-
-def profile(name: str) -> Profile:
-    """A shipped profile by its name."""
-    if name not in PROFILES:
-        raise ProfileError(f"profile must be one of {', '.join(PROFILES)}, got {name!r}")
-    return PROFILES[name]
 
 
 def shape(model: str) -> Shape:

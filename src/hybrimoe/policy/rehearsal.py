@@ -5,11 +5,11 @@ import numpy as np
 from hybrimoe.policy.cache import Cache
 from hybrimoe.policy.cost import CostModel
 from hybrimoe.policy.engine import Engine
-from hybrimoe.policy.forecaster import Markov
-from hybrimoe.policy.plans import left_to_cpu
+from hybrimoe.policy.forecasts import Markov
+from hybrimoe.policy.plan import left_to_cpu
+from hybrimoe.policy.prediction import SimExecutor
 from hybrimoe.policy.presets import preset
 from hybrimoe.policy.router_output import find_scoring, read_forecast, read_load
-from hybrimoe.policy.simulator import SimExecutor
 from hybrimoe.policy.slots import place_in_slots
 from hybrimoe.policy.timeline import Array
 

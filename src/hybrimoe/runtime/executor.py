@@ -15,21 +15,20 @@ import torch
 from torch import Tensor
 
 from hybrimoe.errors import PolicyError
-from hybrimoe.kernels.moe import run_layer
+from hybrimoe.kernels.cpu.run_layer import run_layer
 from hybrimoe.policy.cache import Cache, Move
 from hybrimoe.policy.cost import CostModel
-from hybrimoe.policy.drawing import label
-from hybrimoe.policy.plans import left_to_cpu
+from hybrimoe.policy.plan import Plan, left_to_cpu
+from hybrimoe.policy.prediction import SimExecutor
 from hybrimoe.policy.routing import Forecast, Load
-from hybrimoe.policy.scheduler import Plan
-from hybrimoe.policy.simulator import SimExecutor
 from hybrimoe.policy.slots import place_in_slots
+from hybrimoe.policy.spans import label
 from hybrimoe.policy.timeline import Lane, Span, Timeline
-from hybrimoe.runtime.devices.device import Accelerator
-from hybrimoe.runtime.intake import Call
-from hybrimoe.runtime.measuring.meter import Meter
+from hybrimoe.runtime.devices.base import Accelerator
+from hybrimoe.runtime.disk.job import Job
+from hybrimoe.runtime.inputs import Call
+from hybrimoe.runtime.meter import Meter
 from hybrimoe.runtime.pool import ExpertPool
-from hybrimoe.runtime.storage.job import Job
 
 
 class Running(NamedTuple):

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from hybrimoe.errors import DeviceLostError, HybriMoEError, InsufficientMemoryError
-from hybrimoe.kernels import torch_experts, triton_experts
-from hybrimoe.kernels.moe import PackedLayer
-from hybrimoe.kernels.torch_pairs import Slots, pairs_of
-from hybrimoe.runtime.devices.transfer import Staging
+from hybrimoe.kernels.cpu.run_layer import PackedLayer
+from hybrimoe.kernels.gpu import torch_experts, triton_experts
+from hybrimoe.kernels.gpu.pairs import Slots, pairs_of
+from hybrimoe.runtime.devices.staging import Staging
 
 
 class Work(NamedTuple):
@@ -28,7 +28,6 @@ class Work(NamedTuple):
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Method = Callable[Concatenate["TorchAccelerator", P], R]
 
 
 def typed(method: Method[P, R]) -> Method[P, R]:
@@ -191,3 +190,6 @@ class TorchAccelerator:
         event = torch.cuda.Event(enable_timing=True)
         event.record(stream)
         return event
+
+
+Method = Callable[Concatenate["TorchAccelerator", P], R]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from hybrimoe.errors import InsufficientMemoryError
-from hybrimoe.runtime.devices.device import Accelerator
+from hybrimoe.runtime.devices.base import Accelerator
 
 LARGEST = 64 << 30  # bytes of one registration; drivers refuse half a terabyte at once
 

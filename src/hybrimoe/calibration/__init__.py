@@ -1,0 +1,1 @@
+"""What this machine's CPU, GPU and link take for an expert: measured, fitted, kept."""

@@ -1,0 +1,1 @@
+"""The `hybrimoe` command, a file per group of commands."""

@@ -1,0 +1,1 @@
+"""Experts on a GPU from the packed blobs: by Triton, or by torch operations alone."""

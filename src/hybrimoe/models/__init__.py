@@ -1,0 +1,1 @@
+"""What hybrimoe knows of a transformers model: its experts, gates, routers, norms and bytes."""

@@ -1,0 +1,1 @@
+"""What stands in a wrapped model in place of its own modules, and what protects it there."""

@@ -1,1 +1,0 @@
-"""From a name or a folder to packed experts: checks, headers, packing on arrival, packed files."""

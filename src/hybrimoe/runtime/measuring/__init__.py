@@ -1,1 +1,0 @@
-"""What things take: calibration of a machine, measured lanes, counters."""

@@ -1,0 +1,1 @@
+"""Compiled loops: how they are compiled and cached, vectors, instruction sets, threads."""

@@ -1,0 +1,1 @@
+"""Routing traces: recorded, read, made up, replayed on other machines, and drawn."""
