@@ -13,8 +13,9 @@ import torch
 
 from hybrimoe.formats.gate import Gate
 from hybrimoe.formats.layout import expert_layout
+from hybrimoe.formats.registry import named
 from hybrimoe.kernels.cpu.relay import Q4_0, Q4_K, Q5_K, Q6_K, Q8_0, relay_experts
-from hybrimoe.kernels.cpu.relay_k import FORMATS, relay_k
+from hybrimoe.kernels.cpu.relay_k import relay_k
 from hybrimoe.models.weights import ExpertWeights, pack, unpack
 from hybrimoe.runtime.pages import allocate_blobs
 from hybrimoe.simd.threads import launch
@@ -71,7 +72,7 @@ def relay_speed(kind: int, fmt: str, size: int, experts: int) -> float:
     scratch, sums = np.empty((threads, 32), np.float32), np.zeros((threads, 3))
     for _ in range(6):
         start = time.perf_counter()
-        if fmt in FORMATS.values():
+        if named(fmt).pack is None:
             relay_k(kind, *where, np.zeros(8, np.int64))
         else:
             bits = 4 if fmt == "int4" else 8

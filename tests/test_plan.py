@@ -12,13 +12,13 @@ import families
 import generated
 import hybrimoe
 import hybrimoe.memory.plan
-from hybrimoe.choices import WEIGHTS
 from hybrimoe.errors import (
     CheckpointError,
     CheckpointNotFoundError,
     ConfigError,
     InsufficientMemoryError,
 )
+from hybrimoe.formats.registry import choices
 from hybrimoe.limits import MARGIN, host_memory
 from hybrimoe.models.adapters import find_experts
 from hybrimoe.models.forward import forward_memory, storage_bytes
@@ -37,7 +37,7 @@ def checkpoint(tmp_path_factory) -> Path:
     return generated.write(folder, generated.configuration(6, 512, 256, 128, 32000), shards=3)
 
 
-@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("weights", choices())
 def test_parts_are_those_of_the_wrapped_model(model, weights):
     found = hybrimoe.plan(TINY_MOE, weights=weights)
     hybrimoe.wrap(model, weights=weights)
@@ -63,7 +63,7 @@ def test_a_loaded_model_is_planned_for_wrap(model):
         hybrimoe.plan(model)
 
 
-@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("weights", choices())
 def test_packed_files_are_planned_as_what_they_load_to(tmp_path, weights):
     loaded = hybrimoe.from_pretrained(TINY_MOE, weights=weights)
     hybrimoe.save_packed(loaded, tmp_path)
@@ -202,7 +202,7 @@ def test_the_most_precise_format_that_fits_is_chosen(checkpoint):
     peaks = {row.weights: row.peak_bytes for row in hybrimoe.plan(checkpoint, context=512).formats}
     assert peaks["native"] > peaks["int8"] > peaks["int4"]
 
-    for weights in WEIGHTS:
+    for weights in choices():
         found = hybrimoe.plan(checkpoint, ram=peaks[weights], context=512)
         assert (found.weights, found.fits) == (weights, True)
         assert found.ensure_fits() is found

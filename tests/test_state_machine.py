@@ -3,6 +3,7 @@
 import warnings
 
 import numpy as np
+import reference
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -12,7 +13,6 @@ from hybrimoe.config import Config
 from hybrimoe.errors import InsufficientMemoryError
 from hybrimoe.formats.gate import NAMES, Gate
 from hybrimoe.formats.layout import expert_layout
-from hybrimoe.kernels import reference
 from hybrimoe.kernels.cpu.run_layer import PackedLayer, run_layer
 from hybrimoe.kernels.cpu.workspace import Workspace
 from hybrimoe.policy.presets import PRESETS

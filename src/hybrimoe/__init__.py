@@ -9,7 +9,7 @@ print(model.hybrimoe.report())
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from hybrimoe.version import VERSION as __version__  # noqa: F401
+from hybrimoe.version import VERSION
 
 if TYPE_CHECKING:
     from hybrimoe.api import unwrap, verify, wrap
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from hybrimoe.simulation.simulator import Result, simulate
     from hybrimoe.simulation.trace import RoutingTrace
 
+
+__version__ = VERSION
 
 __all__ = [
     "CheckpointError",

@@ -4,8 +4,6 @@ They stand apart from what they name, so that the command line can print its hel
 name without loading numba or torch.
 """
 
-WEIGHTS = ("native", "int8", "int4")
-LINEAR = ("int8", "int4")
 DEVICES = ("auto", "cpu", "cuda", "emulated")
 METHOD = "hybrimoe"
 """What `quantization_config.quant_method` says in config.json, and `Config.quant_method`."""

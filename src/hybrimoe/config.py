@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from hybrimoe.choices import DEVICES as DEVICES
-from hybrimoe.choices import LINEAR as LINEAR
 from hybrimoe.choices import METHOD
-from hybrimoe.choices import WEIGHTS as WEIGHTS
 from hybrimoe.errors import ConfigError
+from hybrimoe.formats.registry import FORMATS, choices, rounded
 from hybrimoe.policy.engine import Policies
 from hybrimoe.policy.prefetchers import Prefetcher
 from hybrimoe.policy.presets import preset
@@ -72,10 +71,10 @@ class Config:
     trace: bool = False
 
     def __post_init__(self) -> None:
-        _one_of("weights", self.weights, WEIGHTS)
+        _check_weights(self.weights)
         _one_of("device", self.device, DEVICES)
         if self.linear is not None:
-            _one_of("linear", self.linear, LINEAR)
+            _one_of("linear", self.linear, rounded())
         if self.preset is not None:
             preset(self.preset)
         for name, kind in POLICY_TYPES.items():
@@ -142,6 +141,14 @@ class Config:
     def replace(self, **overrides: Any) -> Config:
         """A copy with some fields changed; an unknown field is an error that names it."""
         return dataclasses.replace(self, **_known(type(self), overrides))
+
+
+def _check_weights(value: Any) -> None:
+    if isinstance(value, str) and value in FORMATS and FORMATS[value].pack is None:
+        raise ConfigError(
+            f"weights={value!r} is available only when loading a GGUF file that stores it"
+        )
+    _one_of("weights", value, choices())
 
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:

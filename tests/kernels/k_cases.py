@@ -3,16 +3,18 @@
 import functools
 
 import numpy as np
+import reference
 from gguf import GGMLQuantizationType, quants
 from kernel_cases import SILU
 
-from hybrimoe.formats.layout import QUANTIZED, expert_layout, split
-from hybrimoe.kernels import reference
+from hybrimoe.formats.layout import expert_layout, split
+from hybrimoe.formats.registry import FORMATS, rounded
 from hybrimoe.kernels.cpu import relay as ggml
-from hybrimoe.kernels.cpu.relay_k import FORMATS, relay_k
+from hybrimoe.kernels.cpu.relay_k import relay_k
 from hybrimoe.kernels.cpu.run_layer import PackedLayer
 
-K_TYPES = {fmt: kind for kind, fmt in FORMATS.items()}
+K_TYPES = {name: fmt.ggml_type for name, fmt in FORMATS.items() if fmt.pack is None}
+QUANTIZED = rounded()
 BLOCK = {ggml.Q4_K: 144, ggml.Q5_K: 176, ggml.Q6_K: 210}
 HALVES = {ggml.Q4_K: (0, 2), ggml.Q5_K: (0, 2), ggml.Q6_K: (208,)}
 """Where the float16 scales of a block lie."""

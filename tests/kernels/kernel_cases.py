@@ -3,20 +3,24 @@
 import functools
 
 import numpy as np
+import reference
 
 from hybrimoe.formats.gate import NAMES, Gate
-from hybrimoe.formats.layout import BLOCK_BYTES, QUANTIZED, expert_layout, is_integer
-from hybrimoe.kernels import reference
+from hybrimoe.formats.layout import expert_layout, is_integer
+from hybrimoe.formats.registry import FORMATS, rounded
 from hybrimoe.kernels.cpu import run_layer as moe
 from hybrimoe.kernels.cpu.run_layer import PackedLayer, run_layer
 from hybrimoe.kernels.cpu.workspace import Workspace
 from hybrimoe.simd.isa import HOST_ISA, ISAS, runs_here
 
+MADE = tuple(name for name, fmt in FORMATS.items() if fmt.pack)
+"""Formats that are made from floats."""
+QUANTIZED = rounded()
 SILU, CLAMPED = Gate(NAMES.index("silu")), Gate(NAMES.index("silu"), 1.702, 7.0, 1.0)
 
 # Each triple is compiled once, which takes seconds; everything else varies at run time.
 TRIPLES = [
-    *[(HOST_ISA, fmt, "float32") for fmt in BLOCK_BYTES],
+    *[(HOST_ISA, fmt, "float32") for fmt in MADE],
     *[
         (isa, fmt, "float32")
         for isa in ISAS

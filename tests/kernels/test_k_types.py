@@ -2,15 +2,15 @@
 
 import numpy as np
 import pytest
+import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from k_cases import BLOCK, HALVES, K_TYPES, make_layer, random_blocks, read_with_gguf, relay
-from kernel_cases import expected, make_batch, nmse, run, share_all_work, tolerance
+from kernel_cases import QUANTIZED, expected, make_batch, nmse, run, share_all_work, tolerance
 
 from hybrimoe.formats.gate import Gate
-from hybrimoe.formats.layout import QUANTIZED, expert_layout
-from hybrimoe.kernels import reference
+from hybrimoe.formats.layout import expert_layout
 from hybrimoe.kernels.cpu import relay as ggml
 from hybrimoe.models import weights as formats
 from hybrimoe.models.weights import ExpertWeights

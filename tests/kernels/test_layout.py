@@ -4,32 +4,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hybrimoe.formats import registry
+from hybrimoe.formats.base import GROUP, LINE, ROWS, SUPER
 from hybrimoe.formats.layout import (
-    BLOCK_BYTES,
-    GROUP,
-    K_HEAD,
-    LINE,
-    ROWS,
-    SUPER,
-    block_bytes,
     expert_layout,
-    has_k_types,
     is_integer,
     join,
+    only_files_bring,
     shard_count,
     split,
-    step,
 )
+from hybrimoe.formats.registry import named
 
 SIZES = st.integers(1, 20_000)
-FORMATS = st.sampled_from([*BLOCK_BYTES, *K_HEAD, "q4_k+q6_k", "q4_k+int8", "int4+int8"])
+FORMATS = st.sampled_from([*registry.FORMATS, "q4_k+q6_k", "q4_k+int8", "int4+int8"])
 
 
 @given(FORMATS, SIZES, SIZES, st.booleans(), st.booleans())
 def test_shards_cover_the_expert(fmt, hidden, inner, gated, bias):
     layout = expert_layout(fmt, hidden, inner, gated, bias)
     assert layout.inner >= inner
-    assert layout.hidden >= hidden > layout.hidden - step(split(fmt)[0])
+    assert layout.hidden >= hidden > layout.hidden - named(split(fmt)[0]).columns
     assert layout.width % GROUP == layout.hidden % GROUP == 0
     assert layout.expert_bytes == layout.shards * layout.shard_bytes
 
@@ -55,12 +50,14 @@ def test_parts_of_a_shard_follow_each_other_without_overlap(fmt, hidden, inner, 
 
 @given(FORMATS, st.integers(1, 400), st.integers(1, 400), st.booleans())
 def test_padding_wastes_little(fmt, hidden_units, inner_units, gated):
-    unit = SUPER if has_k_types(fmt) else GROUP  # rows of K types are whole blocks in every file
+    unit = (
+        SUPER if only_files_bring(fmt) else GROUP
+    )  # rows of K types are whole blocks in every file
     hidden, inner = hidden_units * unit, inner_units * unit
     layout = expert_layout(fmt, hidden, inner, gated, False)
-    up, down = (block_bytes(part, 1 << 14) / ROWS / (1 << 14) for part in split(fmt))
+    up, down = (named(part).block_bytes(1 << 14) / ROWS / (1 << 14) for part in split(fmt))
     needed = (layout.matrices * up + down) * inner * hidden
-    steps = inner // step(split(fmt)[1])
+    steps = inner // named(split(fmt)[1]).columns
     spread = 1.08 if steps > 10 else 1.2  # over shards of equal width
     assert layout.inner <= spread * inner
     assert layout.expert_bytes <= 1.3 * needed + 64 * (layout.inner + hidden) / ROWS * 3
@@ -86,7 +83,7 @@ def test_models_in_use_are_split_without_padding(inner, shards):
     ],
 )
 def test_a_block_takes_the_bits_per_weight_of_its_format(fmt, bits):
-    assert block_bytes(fmt, 2048) == 2048 * ROWS * bits / 8
+    assert named(fmt).block_bytes(2048) == 2048 * ROWS * bits / 8
 
 
 @pytest.mark.parametrize(("inner", "shards"), [(256, 1), (512, 2), (768, 3), (1536, 3), (2048, 4)])
@@ -102,7 +99,11 @@ def test_a_format_of_two_parts_is_split_and_joined():
     assert split("q4_k+q6_k") == ("q4_k", "q6_k")
     for fmt in ("int4", "q4_k+q6_k"):
         assert join(*split(fmt)) == fmt
-    assert [has_k_types(fmt) for fmt in ("int8", "int4+int8", "int4+q6_k")] == [False, False, True]
+    assert [only_files_bring(fmt) for fmt in ("int8", "int4+int8", "int4+q6_k")] == [
+        False,
+        False,
+        True,
+    ]
     assert [is_integer(fmt) for fmt in ("bfloat16", "int8", "q4_k+int8")] == [False, True, True]
 
 

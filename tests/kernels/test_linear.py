@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
+import reference
 import torch
 
 from hybrimoe.errors import RoutingError
-from hybrimoe.kernels import reference
 from hybrimoe.kernels.cpu import run_layer as moe
 from hybrimoe.kernels.cpu.linear import run_linear
 from hybrimoe.kernels.cpu.workspace import Workspace

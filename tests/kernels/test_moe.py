@@ -2,11 +2,14 @@
 
 import numpy as np
 import pytest
+import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from kernel_cases import (
     CLAMPED,
+    MADE,
+    QUANTIZED,
     SILU,
     TRIPLES,
     expected,
@@ -22,8 +25,6 @@ from kernel_cases import (
 
 from hybrimoe.errors import RoutingError
 from hybrimoe.formats.gate import NAMES, SOFTCAP, Gate
-from hybrimoe.formats.layout import BLOCK_BYTES, QUANTIZED
-from hybrimoe.kernels import reference
 from hybrimoe.kernels.cpu import run_layer as moe
 from hybrimoe.kernels.cpu.run_layer import run_layer
 from hybrimoe.kernels.cpu.workspace import Workspace
@@ -88,7 +89,7 @@ def test_every_activation_works_without_a_gate(name):
     assert nmse(run(layer, *batch), expected(layer, weights, *batch)) <= 1e-10
 
 
-@pytest.mark.parametrize("fmt", BLOCK_BYTES)
+@pytest.mark.parametrize("fmt", MADE)
 def test_partial_sums_over_shards_add_up_to_the_whole(fmt):
     layer, weights = make_layer(fmt, 70, 250, bias=True)
     x, ids, routing = make_batch(6, 70, 5, 3)
@@ -108,7 +109,7 @@ def test_experts_without_shards_add_nothing():
     assert not run(layer, *make_batch(6, 70, 5, 3), shards=none).any()
 
 
-@pytest.mark.parametrize("fmt", BLOCK_BYTES)
+@pytest.mark.parametrize("fmt", MADE)
 def test_one_expert_may_take_all_tokens(fmt):
     layer, weights = make_layer(fmt, 64, 128)
     x, _, routing = make_batch(29, 64, 5, 1)
@@ -117,7 +118,7 @@ def test_one_expert_may_take_all_tokens(fmt):
     assert nmse(got, wanted) <= tolerance(fmt, "float32")
 
 
-@pytest.mark.parametrize("fmt", BLOCK_BYTES)
+@pytest.mark.parametrize("fmt", MADE)
 def test_an_expert_named_twice_by_a_token_counts_twice(fmt):
     layer, weights = make_layer(fmt, 64, 128)
     x, ids, routing = make_batch(11, 64, 5, 4)
@@ -188,7 +189,7 @@ class TestBits:
             alone = run(layer, x[only], ids[only], routing[only], dtype, isa=isa)
             assert np.array_equal(alone, together[only]), t
 
-    @pytest.mark.parametrize("fmt", BLOCK_BYTES)
+    @pytest.mark.parametrize("fmt", MADE)
     def test_do_not_change_from_run_to_run(self, fmt):
         layer, _ = make_layer(fmt, 70, 250, bias=True)
         batch = make_batch(9, 70, 5, 4)
@@ -200,7 +201,7 @@ class TestNotFinite:
     """A broken model must look broken."""
 
     @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-    @pytest.mark.parametrize("fmt", BLOCK_BYTES)
+    @pytest.mark.parametrize("fmt", MADE)
     def test_input_breaks_its_token_and_no_other(self, fmt, bad):
         layer, weights = make_layer(fmt, 64, 128)
         x, ids, routing = make_batch(13, 64, 5, 2)
@@ -213,7 +214,7 @@ class TestNotFinite:
         assert np.array_equal(got[~broken], clean[~broken])
 
     @pytest.mark.parametrize("shape", SHAPES)
-    @pytest.mark.parametrize("fmt", BLOCK_BYTES)
+    @pytest.mark.parametrize("fmt", MADE)
     def test_infinite_input_stays_visible_where_shapes_are_padded(self, fmt, shape):
         # Here an infinite output may become NaN: padding multiplies infinity by zero.
         hidden, inner, gated, bias = SHAPES[shape]

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from kernel_cases import make_weights
+import reference
+from kernel_cases import QUANTIZED, make_weights
 
-from hybrimoe.formats.layout import QUANTIZED, expert_layout
-from hybrimoe.formats.loops import FORMATS
-from hybrimoe.kernels import reference
+from hybrimoe.formats.layout import expert_layout
+from hybrimoe.formats.registry import TAGS
 from hybrimoe.kernels.cpu import pack as packing
 from hybrimoe.simd.dtypes import DTYPES
 
@@ -56,7 +56,7 @@ def storage(view):
 
 def launch(kernel, fmt, dtype, layout, weights, blobs, threads):
     rows, work = np.empty((threads, 32), np.float32), np.zeros(8, np.int64)
-    kernel((FORMATS[fmt],) * 2, DTYPES[dtype], threads, layout, weights, blobs, rows, work)
+    kernel((TAGS[fmt],) * 2, DTYPES[dtype], threads, layout, weights, blobs, rows, work)
     return work
 
 

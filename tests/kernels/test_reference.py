@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
+import reference
 import torch
-from kernel_cases import CLAMPED, make_batch, make_weights
+from kernel_cases import CLAMPED, MADE, QUANTIZED, make_batch, make_weights
 from torch.nn import functional
 
 from hybrimoe.formats.gate import NAMES, SOFTCAP, Gate
-from hybrimoe.formats.layout import BLOCK_BYTES, QUANTIZED, expert_layout
-from hybrimoe.kernels import reference
+from hybrimoe.formats.layout import expert_layout
 
 TORCH = {
     "silu": functional.silu,
@@ -81,7 +81,7 @@ def test_activation_groups_carry_their_sum_and_mark_what_is_not_finite():
     assert np.abs(reference.dequantize_float64(ints, scales) - x)[0].max() < np.abs(x).max() / 254
 
 
-@pytest.mark.parametrize("fmt", BLOCK_BYTES)
+@pytest.mark.parametrize("fmt", MADE)
 def test_unpacking_inverts_packing(fmt):
     weights = make_weights(fmt, 70, 90, bias=True)
     layout = expert_layout(fmt, 70, 90, True, True)

@@ -8,7 +8,7 @@ import torch
 
 from hybrimoe.calibration.random_experts import fill_random
 from hybrimoe.formats.gate import NAMES, SOFTCAP, Gate
-from hybrimoe.formats.layout import expert_layout, has_k_types
+from hybrimoe.formats.layout import expert_layout, only_files_bring
 from hybrimoe.kernels.gpu.pairs import Pairs, Slots
 from hybrimoe.models.gates import evaluate_gate
 from hybrimoe.models.weights import ExpertWeights, pack, unpack
@@ -89,7 +89,7 @@ def make_layer(fmt, hidden, inner, slots, gated, bias):
     weights = ExpertWeights(up / hidden**0.5, down / inner**0.5, SILU, *biases)
     layout = expert_layout(fmt, hidden, inner, gated, bias)
     blobs = np.zeros((slots, layout.expert_bytes), np.uint8)
-    if has_k_types(fmt):  # made from no floats
+    if only_files_bring(fmt):  # made from no floats
         fill_random(fmt, layout, blobs)
     else:
         pack(fmt, layout, weights, blobs)

@@ -19,7 +19,9 @@ from hybrimoe.calibration.store import Measured, cached
 from hybrimoe.errors import ConfigError, InsufficientMemoryError, WrappedModelError
 from hybrimoe.formats.gate import Gate
 from hybrimoe.formats.layout import Layout, expert_layout
+from hybrimoe.formats.registry import choices, rounded
 from hybrimoe.kernels.cpu.run_layer import PackedLayer
+from hybrimoe.models.weights import format_of
 from hybrimoe.policy.cost import CostModel
 from hybrimoe.policy.profiles import Shape, profile
 from hybrimoe.policy.profiles import shape as shape_by_model
@@ -69,7 +71,7 @@ def calibrate(
     if threads is not None and (type(threads) is not int or threads < 1):
         raise ConfigError(f"threads must be a positive integer or None, got {threads!r}")
     if model is None:
-        subject = named_subject(shape or DEFAULT_SHAPE, weights or "int4")
+        subject = named_subject(shape or DEFAULT_SHAPE, weights or rounded()[-1])
     else:
         runtime = getattr(model, "hybrimoe", None)
         if runtime is None:
@@ -131,9 +133,9 @@ def pooled_subject(pool: ExpertPool) -> Subject:
 
 def named_subject(model: str, weights: str) -> Subject:
     """Random experts of a named shape, as many as no cache holds."""
-    if weights not in ("native", "int8", "int4"):
-        raise ConfigError(f"weights must be one of native, int8, int4, got {weights!r}")
-    like, fmt = shape_by_model(model), "bfloat16" if weights == "native" else weights
+    if weights not in choices():
+        raise ConfigError(f"weights must be one of {', '.join(choices())}, got {weights!r}")
+    like, fmt = shape_by_model(model), format_of(weights, torch.bfloat16)
     layout = expert_layout(fmt, like.hidden, like.intermediate, True, False)
     return Subject(fmt, layout, lambda: [_random_layer(fmt, layout, like)])
 

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 
 from hybrimoe.formats.gate import Gate
-from hybrimoe.formats.layout import K_GROUP, K_HEAD, Layout, has_k_types, split
+from hybrimoe.formats.layout import Layout, only_files_bring, split
+from hybrimoe.formats.registry import named
 from hybrimoe.models.weights import NATIVE, ExpertWeights, pack, pack_part
 
 NATIVE_DTYPES = {name: dtype for dtype, name in NATIVE.items()}
@@ -24,17 +25,17 @@ def fill_random(fmt: str, layout: Layout, blobs: np.ndarray) -> None:
     biases = (draw(matrices, inner), draw(hidden)) if layout.bias_at else (None, None)
     up, down = draw(matrices, inner, hidden), draw(hidden, inner)
     weights = ExpertWeights(up, down, Gate(0), *biases)
-    if not has_k_types(fmt):
+    if not only_files_bring(fmt):
         pack(fmt, layout, weights, blobs)
         return
     for is_down, part in enumerate(split(fmt)):
-        if part in K_HEAD:
-            _fill_k(part, layout, blobs, bool(is_down))
+        if named(part).pack is None:
+            _fill_codes(part, layout, blobs, bool(is_down))
         else:
             pack_part(part, layout, weights, blobs, bool(is_down))
 
 
-def _fill_k(fmt: str, layout: Layout, blobs: np.ndarray, is_down: bool) -> None:
+def _fill_codes(fmt: str, layout: Layout, blobs: np.ndarray, is_down: bool) -> None:
     """Any integers, which are made from no floats, and scales that give weights of about 0.03."""
     shards = blobs.reshape(len(blobs), layout.shards, layout.shard_bytes)
     end = layout.down_at + layout.hidden // 16 * layout.down_block
@@ -42,11 +43,13 @@ def _fill_k(fmt: str, layout: Layout, blobs: np.ndarray, is_down: bool) -> None:
     block, columns = (
         (layout.down_block, layout.width) if is_down else (layout.up_block, layout.hidden)
     )
-    size = K_HEAD[fmt] + 8 * K_GROUP[fmt]
+    kept = named(fmt)
+    units = columns // kept.columns
     rng = np.random.default_rng(0)
-    each = rng.integers(0, 256, (*part.shape[:2], part.shape[2] // block, columns // 256, size))
+    each = rng.integers(0, 256, (*part.shape[:2], part.shape[2] // block, units, kept.unit_bytes))
     each = each.astype(np.uint8)
-    each[..., : K_HEAD[fmt]] = np.full(K_HEAD[fmt] // 2, 5e-5, np.float16).view(np.uint8)
+    head = np.full(kept.head_bytes // 2, 5e-5, np.float16)
+    each[..., : kept.head_bytes] = head.view(np.uint8)
     padded = np.zeros((*each.shape[:3], block), np.uint8)
-    padded[..., : columns // 256 * size] = each.reshape(*each.shape[:3], -1)
+    padded[..., : units * kept.unit_bytes] = each.reshape(*each.shape[:3], -1)
     part[...] = padded.reshape(part.shape)

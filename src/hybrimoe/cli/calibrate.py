@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybrimoe.choices import SHAPES, WEIGHTS
-from hybrimoe.cli.values import ensure_writable, positive
+from hybrimoe.choices import SHAPES
+from hybrimoe.cli.values import ensure_writable, positive, weights
 
 if TYPE_CHECKING:
     from hybrimoe.policy.cost import CostModel
@@ -28,7 +28,7 @@ def add_calibrate(commands: Any) -> None:
         metavar="MODEL",
         help=f"whose experts: {', '.join(SHAPES)}",
     )
-    parser.add_argument("--weights", choices=WEIGHTS, default="int4", help="how experts are kept")
+    parser.add_argument("--weights", type=weights, metavar="FORMAT", help="(the smallest)")
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any"
     )

@@ -6,8 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from hybrimoe.choices import WEIGHTS
-from hybrimoe.cli.values import positive
+from hybrimoe.cli.values import positive, weights
 from hybrimoe.errors import ConfigError
 
 BUNDLED = Path(__file__).resolve().parents[3] / "tests" / "assets" / "tiny-moe"
@@ -19,7 +18,7 @@ def add_demo(commands: Any) -> None:
     """The arguments of `hybrimoe demo`."""
     demo = commands.add_parser("demo", help="wrap the bundled model, write some text, explain it")
     demo.add_argument("--model", type=Path, default=BUNDLED, help="a transformers MoE checkpoint")
-    demo.add_argument("--weights", choices=WEIGHTS, default="int4", help="how experts are kept")
+    demo.add_argument("--weights", type=weights, metavar="FORMAT", help="(the smallest)")
     demo.add_argument("--prompt", default="def main(arguments):\n", help="text to continue")
     demo.add_argument("--tokens", type=positive, default=96, help="how many tokens to write")
     demo.add_argument("--json", action="store_true", help="end with one JSON object")
@@ -30,6 +29,9 @@ def run_demo(options: argparse.Namespace) -> dict[str, Any]:
     """Wrap a copy of a model, stream text from it, and say what that saved, gained and changed."""
     import hybrimoe
     from hybrimoe.cli.side_by_side import Crowd, alternate, timed
+    from hybrimoe.formats.registry import rounded
+
+    options.weights = options.weights or rounded()[-1]
 
     plain, tokenizer = load_model(options.model, "--model")
     inputs = tokenizer(options.prompt, return_tensors="pt")

@@ -12,7 +12,6 @@ import os
 import sys
 from collections.abc import Sequence
 
-import hybrimoe
 from hybrimoe.cli.cache import add_cache
 from hybrimoe.cli.calibrate import add_calibrate
 from hybrimoe.cli.demo import add_demo
@@ -20,6 +19,7 @@ from hybrimoe.cli.models import add_bench, add_doctor, add_generate, add_plan
 from hybrimoe.cli.traces import add_simulate, add_trace
 from hybrimoe.cli.warmup import add_warmup
 from hybrimoe.errors import CheckpointNotFoundError, HybriMoEError
+from hybrimoe.version import VERSION
 
 COMMANDS = (
     *(add_demo, add_plan, add_generate, add_bench, add_doctor),
@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "hybrimoe", description="Run Mixture-of-Experts models that do not fit on your GPU."
     )
-    parser.add_argument("--version", action="version", version=f"hybrimoe {hybrimoe.__version__}")
+    parser.add_argument("--version", action="version", version=f"hybrimoe {VERSION}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for add in COMMANDS:
         add(commands)

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybrimoe.choices import DEVICES, WEIGHTS
+from hybrimoe.choices import DEVICES
 from hybrimoe.cli.cache import add_keep_packed
 from hybrimoe.cli.source import Source, add_name, load_plain, load_wrapped, source_of, tokenizer_of
-from hybrimoe.cli.values import positive, size
+from hybrimoe.cli.values import positive, size, weights
 from hybrimoe.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,7 +29,9 @@ def add_plan(commands: Any) -> None:
     parser.add_argument(
         "--ram", type=size("ram"), help="host memory for the whole model (what can be had)"
     )
-    parser.add_argument("--weights", choices=WEIGHTS, help="the most precise that fits")
+    parser.add_argument(
+        "--weights", type=weights, metavar="FORMAT", help="the most precise that fits"
+    )
     parser.add_argument("--context", type=positive, default=CONTEXT, help="tokens (%(default)s)")
     _add_json(parser, run_plan)
 
@@ -42,7 +44,9 @@ def add_generate(commands: Any) -> None:
     parser.add_argument("--chat", action="store_true", help="as a message to a chat model")
     parser.add_argument("--max-new-tokens", type=positive, default=256, metavar="N")
     parser.add_argument("--greedy", action="store_true", help="no sampling")
-    parser.add_argument("--weights", choices=WEIGHTS, help="the most precise that fits")
+    parser.add_argument(
+        "--weights", type=weights, metavar="FORMAT", help="the most precise that fits"
+    )
     parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument("--vram", type=size("vram"), help="for expert slots on the GPU")
     add_keep_packed(parser)
@@ -54,7 +58,7 @@ def add_bench(commands: Any) -> None:
     """The arguments of `hybrimoe bench`."""
     parser = commands.add_parser("bench", help="wrapped against plain transformers, side by side")
     add_name(parser)
-    parser.add_argument("--weights", choices=WEIGHTS, help="(native)")
+    parser.add_argument("--weights", type=weights, metavar="FORMAT", help="(native)")
     parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument("--vram", type=size("vram"), help="for expert slots on the GPU")
     parser.add_argument("--prompt-tokens", type=positive, default=128, metavar="N")

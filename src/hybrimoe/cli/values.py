@@ -22,6 +22,24 @@ def positive(text: str) -> int:
     return value
 
 
+def weights(text: str) -> str:
+    """A choice of `Config.weights`; which there are is only looked up if one is given."""
+    from hybrimoe.formats.registry import choices
+
+    if text not in choices():
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(choices())}, got {text!r}")
+    return text
+
+
+def linear(text: str) -> str:
+    """A choice of `Config.linear`."""
+    from hybrimoe.formats.registry import rounded
+
+    if text not in rounded():
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(rounded())}, got {text!r}")
+    return text
+
+
 def size(name: str) -> Any:
     """A size or a fraction, checked but left as it was typed: so messages show it."""
 

@@ -7,15 +7,15 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybrimoe.choices import DEVICES, LINEAR, WEIGHTS
+from hybrimoe.choices import DEVICES
 from hybrimoe.cli.source import Source, add_name, source_of
+from hybrimoe.cli.values import linear, weights
 from hybrimoe.errors import ConfigError
 
 if TYPE_CHECKING:
     from hybrimoe.modules.warming import Need
 
 
-COMMON = ("int4", "int8", "bfloat16")
 """Formats that are compiled where no model is named, for activations in bfloat16."""
 
 
@@ -24,8 +24,10 @@ def add_warmup(commands: Any) -> None:
     parser = commands.add_parser("warmup", help="compile ahead what a model needs, or what most do")
     where = "a folder, a name on the hub, or a .gguf file, whose weights are not read (any model)"
     add_name(parser, where=where, optional=True)
-    parser.add_argument("--weights", choices=WEIGHTS, help="(native; without NAME, all)")
-    parser.add_argument("--linear", choices=LINEAR, help="how dense layers will be packed")
+    parser.add_argument(
+        "--weights", type=weights, metavar="FORMAT", help="(native; without NAME, all)"
+    )
+    parser.add_argument("--linear", type=linear, metavar="FORMAT", help="of dense layers")
     parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     parser.set_defaults(run=run_warmup)
@@ -58,13 +60,18 @@ def _is_shared(device: str) -> bool:
 
 def _to_make(options: argparse.Namespace) -> list[tuple[str, str, bool]]:
     """Each format and dtype of the model's layers, and whether weights are packed into it."""
+    import torch
+
+    from hybrimoe.formats.registry import choices
+    from hybrimoe.models.weights import NATIVE, format_of
+
     if options.name is None:
         if options.gguf_file is not None:
             raise ConfigError(
                 f"--gguf-file needs the folder of {options.gguf_file!r} too, got none"
             )
-        given = [options.weights] if options.weights else COMMON
-        return [("bfloat16" if each == "native" else each, "bfloat16", True) for each in given]
+        given = [options.weights] if options.weights else choices()
+        return [(format_of(each, torch.bfloat16), NATIVE[torch.bfloat16], True) for each in given]
     source = source_of(options)
     if source.gguf_file is not None:
         return _of_gguf(source)

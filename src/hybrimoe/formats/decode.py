@@ -1,56 +1,63 @@
-"""Blocks of K types as numbers, by torch operations: a block is what `k_rows.py` describes."""
+"""Blocks of any format as numbers, by torch operations: `base.py` says what lies where."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from hybrimoe.formats.layout import K_GROUP, K_HEAD, ROWS
+from hybrimoe.formats.base import BYTES, GROUP, NIBBLES, ROWS, BlobFormat
 
 
-def k_numbers(fmt: str, blocks: Tensor, supers: int) -> Tensor:
-    """float32 [..., g, 4, 16, 8] of blocks [..., block bytes]: column 8 j + n of group g, exactly."""
-    head, group = K_HEAD[fmt], K_GROUP[fmt]
-    units = blocks[..., : supers * (head + 8 * group)].unflatten(-1, (supers, -1))
-    halves = units[..., :head].view(torch.float16).float()
-    d, *dmin = halves.unflatten(-1, (-1, 1, 1, ROWS, 1)).unbind(-5)  # [..., b, 1, 1, 16, 1] each
-    groups = units[..., head:].unflatten(-1, (8, group))  # [..., b, 8, bytes]
-    weights, scales = groups[..., : -2 * ROWS], groups[..., -2 * ROWS :]
-    if fmt == "q6_k":
-        numbers = d * _sixes(weights, scales)
-    else:
-        scale, least = scales.float().unflatten(-1, (2, 1, ROWS, 1)).unbind(-4)
-        numbers = d * scale * _fours_and_fives(weights) - dmin[0] * least
-    return numbers.flatten(-5, -4)  # b and its 8 groups
+def decode(fmt: BlobFormat, blocks: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """Numbers [..., g, J, 16, N] in `dtype` of blocks [..., block bytes] uint8 of so many columns.
+
+    Column J N + n of group g lies at [g, J, :, n]; N is `fmt.neighbours`. Products of a code and its
+    scale are made in `dtype`, but in float32, where they are exact, for formats with a head.
+    """
+    working = torch.float32 if fmt.shared else dtype
+    count = columns // fmt.columns
+    units = blocks[..., : count * fmt.unit_bytes].unflatten(-1, (count, fmt.unit_bytes))
+    groups = units[..., fmt.head_bytes :].unflatten(-1, (fmt.columns // GROUP, fmt.group_bytes))
+    codes = groups[..., : fmt.parts * fmt.part_bytes].unflatten(-1, (fmt.parts, fmt.part_bytes))
+    values = _codes(fmt, codes).to(working)  # [..., u, g, p, J, 16, N]
+    if fmt.zero:
+        values = values - fmt.zero
+    if fmt.scale is not None:
+        values = values * _scales(fmt, groups).to(working)
+    if fmt.shared:
+        halves = units[..., : fmt.head_bytes].view(torch.float16).float()
+        d, *least = halves.unflatten(-1, (fmt.shared, 1, 1, 1, ROWS, 1)).unbind(-6)
+        values = d * values
+        if fmt.minimum:
+            minimums = groups[..., -ROWS:].float().unflatten(-1, (1, 1, ROWS, 1))
+            values = values - least[0] * minimums
+    return values.flatten(-4, -3).flatten(-5, -4).to(dtype)  # parts into J, units into g
 
 
-def _fours_and_fives(weights: Tensor) -> Tensor:
-    """Integers [..., 4, 16, 8] of groups [..., bytes] of q4_k or q5_k."""
-    ints = _nibbles(weights[..., :256])
-    if weights.shape[-1] > 256:
-        ints = ints | _above(weights[..., 256:], 1) << 4
-    return ints
+def _codes(fmt: BlobFormat, raw: Tensor) -> Tensor:
+    """Codes [..., J, 16, N] of parts [..., bytes]: integers, or numbers of the format's own dtype."""
+    if fmt.codes == NIBBLES:
+        return _nibbles(fmt, raw)
+    kind = torch.int8 if fmt.codes == BYTES else getattr(torch, fmt.codes)
+    return raw.contiguous().view(kind).unflatten(-1, (-1, ROWS, fmt.run))
 
 
-def _sixes(weights: Tensor, scales: Tensor) -> Tensor:
-    """Integers times the scales of their 16 columns, [..., 4, 16, 8], of groups of q6_k."""
-    halves = weights.unflatten(-1, (2, -1))
-    ints = _nibbles(halves[..., :128]) | _above(halves[..., 128:], 2) << 4  # [..., 2, 2, 16, 8]
-    scale = scales.view(torch.int8).float().unflatten(-1, (2, 1, ROWS, 1))
-    return ((ints.float() - 32) * scale).flatten(-4, -3)
-
-
-def _nibbles(loads: Tensor) -> Tensor:
-    """Four bytes of a row: their low nibbles, then their high nibbles; [..., J, 16, 8]."""
-    raw = loads.unflatten(-1, (-1, ROWS, 4))
-    return torch.cat([raw & 15, raw >> 4], -1)
-
-
-def _above(plane: Tensor, bits: int) -> Tensor:
-    """The bits above those nibbles, in the same order, from 64 bytes."""
-    raw, mask = plane.unflatten(-1, (ROWS, 4)), (1 << bits) - 1
-    loads = [
-        torch.cat([raw >> (4 + bits * j) & mask, raw >> (bits * j) & mask], -1)
-        for j in range(4 // bits)
+def _nibbles(fmt: BlobFormat, raw: Tensor) -> Tensor:
+    loads = raw[..., : fmt.nibble_bytes].unflatten(-1, (-1, ROWS, fmt.run))
+    codes = torch.cat([loads & 15, loads >> 4], -1)
+    if not fmt.extra_bits:
+        return codes
+    plane, bits = raw[..., fmt.nibble_bytes :].unflatten(-1, (ROWS, fmt.run)), fmt.extra_bits
+    mask = (1 << bits) - 1
+    above = [
+        torch.cat([plane >> (4 + bits * j) & mask, plane >> (bits * j) & mask], -1)
+        for j in range(loads.shape[-3])
     ]
-    return torch.stack(loads, -3)
+    return codes | torch.stack(above, -3) << 4
+
+
+def _scales(fmt: BlobFormat, groups: Tensor) -> Tensor:
+    """[..., p, 1, 16, 1] of groups [..., bytes], in the dtype that they are stored in."""
+    first = fmt.parts * fmt.part_bytes
+    stored = groups[..., first : first + fmt.scale_bytes].contiguous()
+    return stored.view(getattr(torch, str(fmt.scale))).unflatten(-1, (fmt.parts, 1, ROWS, 1))

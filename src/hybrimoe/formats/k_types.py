@@ -1,4 +1,4 @@
-"""The inner loops of `rows.py` for the K types of ggml files, with the file's own numbers.
+"""The K types of GGUF files, with the file's own numbers.
 
 A row's 256 columns share float16 scales, which are multiplied by a small integer per group. So a
 block is, for each 256 columns, a head (the 16 scales d; but for q6_k the 16 scales dmin too) and 8
@@ -14,11 +14,16 @@ The bits beyond the nibbles lie such that a shift by a constant brings them abov
 and 2j. Products of d and s are exact in float32.
 """
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from hybrimoe.formats.activations import with_halves, with_product
+from hybrimoe.formats.base import NIBBLES, BlobFormat
+from hybrimoe.simd.dtypes import F16, widen
 from hybrimoe.simd.isa import dot_nibbles
+from hybrimoe.simd.jit import inlined
 from hybrimoe.simd.vectors import (
     BYTES,
     FLOATS,
@@ -88,7 +93,7 @@ def add_bits_above(typing, nibbles, bits, shift, mask):
 
 
 @intrinsic
-def no_ints(typing, rows):
+def zero_ints(typing, rows):
     """int_tile of zeros."""
     tile = int_tile(rows.tokens)
     return tile(rows), lambda context, builder, sig, args: ir.Constant(tile.llvm, None)
@@ -110,13 +115,13 @@ def start_sixes(typing, rows, offset):
     return tile(rows, types.intp), codegen
 
 
-def q4_k(fmt, isa, total, blob, at, groups, x, x_at):
+def rows_q4_k(fmt, isa, total, blob, at, groups, x, x_at):
     gx, here = x_at, at
     for _ in range(groups // 8):
         d, least = load_f16(blob, here), load_f16(blob, here + 32)
         here += 64
         for _ in range(8):
-            ints = no_ints(x)
+            ints = zero_ints(x)
             for j in range(4):
                 packed = load_bytes(blob, here + j * 64)
                 ints = dot_nibbles(isa, ints, low_nibbles(packed), x, gx + j * 8)
@@ -127,13 +132,13 @@ def q4_k(fmt, isa, total, blob, at, groups, x, x_at):
     return total
 
 
-def q5_k(fmt, isa, total, blob, at, groups, x, x_at):
+def rows_q5_k(fmt, isa, total, blob, at, groups, x, x_at):
     gx, here = x_at, at
     for _ in range(groups // 8):
         d, least = load_f16(blob, here), load_f16(blob, here + 32)
         here += 64
         for _ in range(8):
-            ints, fifth = no_ints(x), load_bytes(blob, here + 256)
+            ints, fifth = zero_ints(x), load_bytes(blob, here + 256)
             for j in range(4):
                 packed = load_bytes(blob, here + j * 64)
                 low = add_bits_above(low_nibbles(packed), fifth, j, 16)
@@ -146,7 +151,7 @@ def q5_k(fmt, isa, total, blob, at, groups, x, x_at):
     return total
 
 
-def q6_k(fmt, isa, total, blob, at, groups, x, x_at):
+def rows_q6_k(fmt, isa, total, blob, at, groups, x, x_at):
     gx, here = x_at, at
     for _ in range(groups // 8):
         d = load_f16(blob, here)
@@ -165,3 +170,63 @@ def q6_k(fmt, isa, total, blob, at, groups, x, x_at):
                 total = add_scaled(total, ints, scale, x, gx + 32)
             gx, here = gx + 40, here + 416
     return total
+
+
+def unpack_q4_k(fmt, row, blob, at, lane, g):
+    start = at + g // 8 * 2368 + 64 + g % 8 * 288
+    scale, least = _scale_and_least(blob, at + g // 8 * 2368, start + 256, lane)
+    for i in range(32):
+        row[i] = scale * np.float32(_nibble(blob, start, lane, i)) - least
+
+
+def unpack_q5_k(fmt, row, blob, at, lane, g):
+    start = at + g // 8 * 2880 + 64 + g % 8 * 352
+    scale, least = _scale_and_least(blob, at + g // 8 * 2880, start + 320, lane)
+    for i in range(32):
+        bits = np.int32(blob[start + 256 + lane * 4 + i % 4])
+        fifth = (bits >> (i // 8 + (4 if i % 8 < 4 else 0))) & 1
+        row[i] = scale * np.float32(_nibble(blob, start, lane, i) | fifth << 4) - least
+
+
+def unpack_q6_k(fmt, row, blob, at, lane, g):
+    head = at + g // 8 * 3360
+    start, ints = head + 32 + g % 8 * 416, blob.view(np.int8)
+    d = widen(F16, blob.view(np.uint16)[head // 2 + lane])
+    for i in range(32):
+        half, j = i // 16, i % 16 // 8
+        bits = np.int32(blob[start + half * 192 + 128 + lane * 4 + i % 4])
+        upper = (bits >> (2 * j + (4 if i % 8 < 4 else 0))) & 3
+        q = _nibble(blob, start + half * 192, lane, i % 16) | upper << 4
+        scale = d * np.float32(ints[start + 384 + half * 16 + lane])
+        row[i] = scale * np.float32(q - 32)
+
+
+@inlined
+def _nibble(blob, start, lane, i):
+    """Number i of a lane of a group: a byte holds numbers that lie 4 apart."""
+    pair = np.int32(blob[start + i // 8 * 64 + lane * 4 + i % 4])
+    return pair & 15 if i % 8 < 4 else pair >> 4
+
+
+@inlined
+def _scale_and_least(blob, head, at, lane):
+    """What a group of q4_k or q5_k multiplies its integers by, and what it subtracts; exact."""
+    halves = blob.view(np.uint16)
+    scale = widen(F16, halves[head // 2 + lane]) * np.float32(blob[at + lane])
+    return scale, widen(F16, halves[head // 2 + 16 + lane]) * np.float32(blob[at + 16 + lane])
+
+
+# fmt: off
+Q4_K = BlobFormat(
+    "q4_k", NIBBLES, rows_q4_k, with_product, unpack_q4_k,
+    read_share=0.79, ggml_type=12, shared=2, scale="uint8", minimum=True,
+)
+Q5_K = BlobFormat(
+    "q5_k", NIBBLES, rows_q5_k, with_product, unpack_q5_k,
+    read_share=0.79, ggml_type=13, extra_bits=1, shared=2, scale="uint8", minimum=True,
+)
+Q6_K = BlobFormat(
+    "q6_k", NIBBLES, rows_q6_k, with_halves, unpack_q6_k,
+    read_share=0.83, ggml_type=14, zero=32, extra_bits=2, shared=1, parts=2, scale="int8",
+)
+# fmt: on

@@ -13,23 +13,13 @@ share a format; down may have another, which the format of the expert then names
 
 from typing import NamedTuple
 
-GROUP = 32
-SUPER = 256
-ROWS = 16
-LINE = 64
-
-QUANTIZED = ("int4", "int8")
-"""Made from floats: 32 integers share a scale."""
-BLOCK_BYTES = {"int4": 16, "int8": 32, "bfloat16": 64, "float16": 64, "float32": 128}
-"""Weight bytes of one row's group of 32 elements."""
-K_GROUP = {"q4_k": 288, "q5_k": 352, "q6_k": 416}
-"""Bytes of 16 rows' groups of 32 elements, in the K types of ggml files: see `k_rows.py`."""
-K_HEAD = {"q4_k": 64, "q5_k": 64, "q6_k": 32}
-"""Bytes of what 256 elements of each of the 16 rows share, in front of their 8 groups."""
+from hybrimoe.formats.base import LINE, ROWS, round_up
+from hybrimoe.formats.registry import named
 
 
 class Layout(NamedTuple):
-    """Sizes are padded: D and the shard width to multiples of 32, or of 256 as columns of a K type.
+    """Sizes are padded: D and the shard width to multiples of 32, or of 256 where a format shares
+    numbers among so many columns.
     All offsets are in bytes.
     """
 
@@ -63,27 +53,27 @@ def join(up: str, down: str) -> str:
 
 def is_integer(fmt: str) -> bool:
     """Whether the weights are integers with scales: a native format is never mixed with others."""
-    return split(fmt)[0] not in ("bfloat16", "float16", "float32")
+    return not named(split(fmt)[0]).is_native
 
 
-def has_k_types(fmt: str) -> bool:
-    """Whether some matrix has a K type, which only files bring: none is made from floats."""
-    return not K_HEAD.keys().isdisjoint(split(fmt))
+def only_files_bring(fmt: str) -> bool:
+    """Whether some matrix has a format that is made from no floats, such as a K type."""
+    return any(named(part).pack is None for part in split(fmt))
 
 
 def expert_layout(fmt: str, hidden: int, inner: int, gated: bool, bias: bool) -> Layout:
     """The layout of an expert with D = `hidden` and F = `inner` in a weight format."""
-    up_fmt, down_fmt = split(fmt)
-    hidden = _round_up(hidden, step(up_fmt))
-    groups = -(-inner // step(down_fmt))
+    up_fmt, down_fmt = (named(part) for part in split(fmt))
+    hidden = round_up(hidden, up_fmt.columns)
+    groups = -(-inner // down_fmt.columns)
     shards = shard_count(groups)
-    width = -(-groups // shards) * step(down_fmt)
+    width = -(-groups // shards) * down_fmt.columns
     matrices = 2 if gated else 1
-    up_block, down_block = block_bytes(up_fmt, hidden), block_bytes(down_fmt, width)
+    up_block, down_block = up_fmt.block_bytes(hidden), down_fmt.block_bytes(width)
     down_at = matrices * width // ROWS * up_block
     bias_at = down_at + hidden // ROWS * down_block
     biases = 4 * (matrices * width + hidden) if bias else 0
-    shard = _round_up(bias_at + biases, LINE)
+    shard = round_up(bias_at + biases, LINE)
     return Layout(
         hidden,
         width,
@@ -105,20 +95,3 @@ def shard_count(groups: int) -> int:
         return -(-groups // shards) * shards / groups + 0.02 * abs(shards - 4)
 
     return min((4, 5, 3, 6, 2, 7, 8, 1), key=badness)
-
-
-def step(fmt: str) -> int:
-    """Columns that no block of a format parts."""
-    return SUPER if fmt in K_HEAD else GROUP
-
-
-def block_bytes(fmt: str, columns: int) -> int:
-    """Bytes of 16 interleaved rows of `columns` weights, with their scales."""
-    if fmt in K_HEAD:
-        return _round_up(columns // SUPER * (K_HEAD[fmt] + 8 * K_GROUP[fmt]), LINE)
-    scales = 2 * ROWS if fmt in QUANTIZED else 0
-    return _round_up(columns // GROUP * (ROWS * BLOCK_BYTES[fmt] + scales), LINE)
-
-
-def _round_up(value: int, step: int) -> int:
-    return -(-value // step) * step

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hybrimoe.choices import WEIGHTS
 from hybrimoe.errors import CheckpointNotFoundError, ConfigError, WrappedModelError
+from hybrimoe.formats.registry import choices
 from hybrimoe.hub import is_path, named_file
 from hybrimoe.limits import MARGIN, HostMemory, host_memory
 from hybrimoe.memory.placement import Budget, Placement, choose, nearest, place
@@ -45,8 +45,8 @@ def plan(
     gguf_file: str | None = None,
 ) -> MemoryPlan:
     """What `hybrimoe.plan` does."""
-    if weights is not None and weights not in WEIGHTS:
-        raise ConfigError(f"weights must be one of {', '.join(WEIGHTS)} or None, got {weights!r}")
+    if weights is not None and weights not in choices():
+        raise ConfigError(f"weights must be one of {', '.join(choices())} or None, got {weights!r}")
     if isinstance(context, bool) or not isinstance(context, int) or context < 1:
         raise ConfigError(f"context must be a positive number of tokens, got {context!r}")
     for argument, size in (("vram", vram), ("ram", ram)):
@@ -101,7 +101,7 @@ def _of_name(
     context: int,
     revision: str | None,
 ) -> MemoryPlan:
-    formats = WEIGHTS if checkpoint.packed is None else (checkpoint.packed,)
+    formats = choices() if checkpoint.packed is None else (checkpoint.packed,)
     if weights is not None and weights not in formats:
         raise ConfigError(
             f"weights must be {checkpoint.packed!r}, which the experts in {name} were packed as, got "
@@ -195,9 +195,9 @@ def _assemble(
     budget: Budget,
     weights: str | None,
     call: str,
-    formats: tuple[str, ...] = WEIGHTS,
+    formats: tuple[str, ...] = (),
 ) -> MemoryPlan:
-    placements = {fmt: place(footprint, fmt, budget) for fmt in formats}
+    placements = {fmt: place(footprint, fmt, budget) for fmt in formats or choices()}
     chosen = choose(placements, weights)
     text, setting = nearest(footprint, placements, chosen, budget)
     keywords = "".join(f", {key}={value!r}" for key, value in (setting or {}).items())

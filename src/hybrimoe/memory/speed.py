@@ -10,7 +10,8 @@ import torch
 
 from hybrimoe.calibration.measure import Subject, fingerprint, stand_in
 from hybrimoe.calibration.store import kept
-from hybrimoe.formats.layout import expert_layout
+from hybrimoe.formats.layout import expert_layout, split
+from hybrimoe.formats.registry import FORMATS, named
 from hybrimoe.models.bytes import ExpertShape, Footprint
 from hybrimoe.policy.cost import CostModel
 from hybrimoe.policy.profiles import SHAPES
@@ -35,11 +36,6 @@ TORCH_SHARE = {torch.bfloat16: 0.23, torch.float16: 0.55, torch.float32: 0.36}
 """What torch's `linear` on one token reaches of the memory's read speed, by the weights' dtype: about
 10, 24 and 16 of 44 GB/s on two Zen 4 cores, the first within `wide` and `qwen3` of
 benchmarks/plan_speed.py, the others alone."""
-KERNEL_SHARE = {
-    **{"int4": 0.75, "int8": 0.77, "q4_k": 0.79, "q5_k": 0.79, "q6_k": 0.83},
-    **{"float32": 1.0, "bfloat16": 1.0, "float16": 1.0},
-}
-"""The same of our kernels, by blob format (benchmarks/README.md)."""
 STAND_IN_CORES = 8
 """Cores of the machine behind the stand-in profile."""
 CORE_BANDWIDTH = 20e9
@@ -74,7 +70,7 @@ def expected_speed(footprint: Footprint, weights: str, slots: int, gpu: str | No
         seconds, bound = _hybrid(footprint, cost, slots)
     else:
         experts = footprint.packed_bytes(weights) / footprint.experts
-        share = TORCH_SHARE[largest.dtype] / KERNEL_SHARE.get(largest.fmt(weights), 0.75)
+        share = TORCH_SHARE[largest.dtype] / read_share(largest.fmt(weights))
         seconds, bound = _cpu(footprint, cost, experts, share)
     return Speed(1 / seconds, bound, cost.source, measured)
 
@@ -88,7 +84,7 @@ def machine_cost(footprint: Footprint, weights: str, gpu: str | None) -> tuple[C
     largest = _largest(footprint, weights)
     layout, fmt = largest.layout(weights), largest.fmt(weights)
     device: Any = _Device(gpu) if gpu else None
-    others = SHAPES.values() if fmt in KERNEL_SHARE else ()
+    others = SHAPES.values() if fmt in FORMATS else ()  # of one format, not of two
     shapes = (expert_layout(fmt, s.hidden, s.intermediate, True, False) for s in others)
     for other in (layout, *shapes):
         key = fingerprint(Subject(fmt, other, list), device, launch.threads())
@@ -96,6 +92,11 @@ def machine_cost(footprint: Footprint, weights: str, gpu: str | None) -> tuple[C
         if found is not None:
             return _resized(found, layout.expert_bytes, layout.shards), True
     return _of_cores(stand_in(layout), launch.threads()), False
+
+
+def read_share(fmt: str) -> float:
+    """What our kernels reach of the memory's read speed, the less of gate and up, and down."""
+    return min(named(part).read_share for part in split(fmt))
 
 
 def _largest(footprint: Footprint, weights: str) -> ExpertShape:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hybrimoe.formats.layout import Layout, expert_layout, split
-from hybrimoe.formats.loops import activation_bytes
+from hybrimoe.formats.registry import activation_bytes
 from hybrimoe.kernels.cpu.run_layer import LONGEST
 from hybrimoe.models import weights as formats
 from hybrimoe.models.adapters import FoundExperts, find_experts, top_k_of

@@ -13,20 +13,14 @@ from torch import Tensor, nn
 
 from hybrimoe.errors import FormatError
 from hybrimoe.formats.gate import Gate
-from hybrimoe.formats.layout import QUANTIZED, Layout, has_k_types, is_integer, split
-from hybrimoe.formats.loops import FORMATS
+from hybrimoe.formats.layout import Layout, only_files_bring, split
+from hybrimoe.formats.registry import FORMATS, TAGS, named, rounded
 from hybrimoe.kernels.cpu import pack as packing
 from hybrimoe.simd.dtypes import DTYPES
 from hybrimoe.simd.threads import launch
 
-NATIVE = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+NATIVE = {getattr(torch, fmt.codes): fmt.name for fmt in FORMATS.values() if fmt.is_native}
 """Formats that keep every bit, by the dtype they keep."""
-LARGEST = {"int4": 8 * 65504.0, "int8": 127 * 65504.0}
-"""Weights beyond this need a scale that float16 cannot hold."""
-BOUNDS = {"float32": 1e-9, "float16": 1e-6, "bfloat16": 1e-4}
-"""NMSE of a layer against float32 arithmetic on the stored weights that `verify` accepts."""
-INTEGER_BOUND = 2e-4
-"""The same for integer weights, whose activations are rounded to int8."""
 
 
 def bits(tensor: torch.Tensor) -> np.ndarray:
@@ -49,40 +43,43 @@ def choice_of(formats: Iterable[str]) -> str:
     "native" where they are the checkpoint's own: its dtype, or the types of a file, which differ.
     """
     found = set(formats)
-    return found.pop() if len(found) == 1 and found <= set(QUANTIZED) else "native"
+    return found.pop() if len(found) == 1 and found <= set(rounded()) else "native"
 
 
 def is_lossless(fmt: str) -> bool:
     """Whether unpacking gives back the very numbers that were packed."""
-    return not set(split(fmt)) & set(QUANTIZED)
+    return not any(named(part).is_rounded for part in split(fmt))
 
 
 def bound_of(fmt: str) -> float:
     """The NMSE that `verify` accepts of a layer in a format."""
-    return INTEGER_BOUND if is_integer(fmt) else BOUNDS[fmt]
+    return max(named(part).bound for part in split(fmt))
 
 
 def check_range(name: str, fmt: str, tensors: list[torch.Tensor]) -> None:
     """Raise FormatError if a quantized format cannot hold these weights; reads, never copies."""
     if is_lossless(fmt):
         return
+    largest = named(fmt).largest
     for tensor in tensors:
         low, high = (float(bound) for bound in torch.aminmax(tensor))
         extreme = max(-low, high)
-        if not extreme <= LARGEST[fmt]:  # written so that NaN fails
+        if not extreme <= largest:  # written so that NaN fails
             raise FormatError(
                 f"weights={fmt!r} needs finite expert weights of magnitude at most "
-                f"{LARGEST[fmt]:g}, got {'NaN' if math.isnan(extreme) else f'{extreme:g}'} in {name}"
+                f"{largest:g}, got {'NaN' if math.isnan(extreme) else f'{extreme:g}'} in {name}"
             )
 
 
 def pack(fmt: str, layout: Layout, weights: ExpertWeights, blobs: np.ndarray) -> None:
     """Fill `blobs` [E, expert_bytes] uint8 with all experts of one layer.
 
-    Raises FormatError for K types, which are made from no floats.
+    Raises FormatError for formats that only files bring.
     """
-    if has_k_types(fmt):
-        raise FormatError(f"experts are kept as {fmt} only if a GGUF file holds them so")
+    if only_files_bring(fmt):
+        raise FormatError(
+            f"weights={fmt!r} is available only when loading a GGUF file that stores it"
+        )
     _convert(packing.pack_experts, fmt, layout, weights, blobs)
     pack_biases(layout, weights, blobs)
 
@@ -158,7 +155,7 @@ def _convert(
         up.shape[3], up.shape[2],
     )
     # fmt: on
-    tags = FORMATS[up_fmt], FORMATS[down_fmt]
+    tags = TAGS[up_fmt], TAGS[down_fmt]
     rows, work = np.empty((threads, 32), np.float32), np.zeros(8, np.int64)
     work[3] = part
     with launch.lock:

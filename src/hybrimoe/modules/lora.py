@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from hybrimoe.errors import FormatError
-from hybrimoe.formats.layout import has_k_types, split
+from hybrimoe.formats.layout import only_files_bring, split
+from hybrimoe.formats.registry import rounded
 from hybrimoe.kernels.cpu.run_layer import PackedLayer
 from hybrimoe.models import deltas, tuners
 from hybrimoe.models import weights as formats
@@ -294,10 +295,11 @@ def check_adapters(model: nn.Module, found: FoundExperts, fmt: str) -> list[Tens
 
 def check_weights(name: str, fmt: str, tensors: list[Tensor]) -> None:
     """Raise FormatError if a layer cannot be packed from these weights."""
-    if has_k_types(fmt):
+    if only_files_bring(fmt):
         raise FormatError(
             f"the experts of {name} are kept as {fmt}, as a GGUF file holds them: an adapter's delta "
-            "cannot be added to them; load them as weights='int8', or leave experts out of the adapter"
+            f"cannot be added to them; load the original checkpoint as weights={rounded()[0]!r}, or "
+            "leave experts out of the adapter"
         )
     for part in dict.fromkeys(split(fmt)):
         formats.check_range(name, part, tensors)
@@ -305,7 +307,7 @@ def check_weights(name: str, fmt: str, tensors: list[Tensor]) -> None:
 
 def adopt(wrapper: Any, layer: AdaptedLayer) -> None:
     """Have a wrapper around pooled experts pass its calls on; the pool holds what it would add."""
-    if has_k_types(layer.packed.fmt):
+    if only_files_bring(layer.packed.fmt):
         check_weights(layer.name, layer.packed.fmt, [])
     wrapper.__dict__.update({name: way.__get__(wrapper) for name, way in OVERRIDES.items()})
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hybrimoe.errors import RoutingError
 from hybrimoe.formats.gate import Gate
+from hybrimoe.formats.registry import rounded
 from hybrimoe.kernels.cpu.linear import PackedMatrix, matrix_layout, run_linear
 from hybrimoe.kernels.cpu.workspace import Workspace
 from hybrimoe.models import weights as formats
@@ -36,10 +37,15 @@ class FoundLinear(NamedTuple):
     tied: bool  # its weight is another module's too, and stays
 
 
+def head_format() -> str:
+    """What the output head is packed as, whatever the other layers are."""
+    return rounded()[0]
+
+
 def find_linears(model: nn.Module, weights: str, experts: list[str]) -> list[FoundLinear]:
     """Every dense layer worth packing.
 
-    weights: "int8" or "int4". The output head is never less than int8: it chooses the tokens.
+    weights: a format to round to. The output head has the most precise: it chooses the tokens.
     experts: names of the routed experts' modules. They, the routers beside them, adapters and
     matrices of less than 4096 weights are left as they are.
     """
@@ -58,7 +64,7 @@ def find_linears(model: nn.Module, weights: str, experts: list[str]) -> list[Fou
                 continue
             if module.weight.numel() < SMALLEST:
                 continue
-            fmt = "int8" if module is head else weights
+            fmt = head_format() if module is head else weights
             name = f"{path}.{attribute}" if path else attribute
             tied = owners[id(module.weight)] > 1
             found.append(FoundLinear(name, parent, attribute, module, fmt, tied))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hybrimoe.models.weights import BOUNDS, NATIVE, bound_of
+from hybrimoe.models.weights import NATIVE, bound_of
 from hybrimoe.modules.pooled_experts import PooledExperts
 
 
@@ -90,5 +90,5 @@ def compare(layer: PooledExperts, args: tuple[Any, ...], output: Tensor) -> Laye
     error, size = (got - wanted).square().sum(), wanted.square().sum()
     cosine = (got * wanted).sum() / (got.norm() * wanted.norm())
     # The output's own dtype rounds too: a bfloat16 result cannot be closer than bfloat16 is.
-    bound = max(bound_of(layer.packed.fmt), BOUNDS[NATIVE[output.dtype]])
+    bound = max(bound_of(layer.packed.fmt), bound_of(NATIVE[output.dtype]))
     return LayerCheck(layer.name, float(error / size), float(cosine), bound, layer.is_intact())

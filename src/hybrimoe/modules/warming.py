@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
+from hybrimoe.formats.base import SUPER
 from hybrimoe.formats.gate import Gate
-from hybrimoe.formats.layout import SUPER, expert_layout
+from hybrimoe.formats.layout import expert_layout
 from hybrimoe.kernels.cpu.linear import run_linear
 from hybrimoe.kernels.cpu.rms_norm import run_norm
 from hybrimoe.kernels.cpu.run_layer import PackedLayer, run_layer
 from hybrimoe.kernels.cpu.workspace import Workspace
 from hybrimoe.models import weights as formats
 from hybrimoe.models.weights import ExpertWeights
-from hybrimoe.modules.packed_linear import pack_matrix
+from hybrimoe.modules.packed_linear import head_format, pack_matrix
 from hybrimoe.policy.rehearsal import rehearse
 from hybrimoe.policy.split import plan_split
 from hybrimoe.simd.isa import HOST_ISA
@@ -100,7 +101,7 @@ def needs_for(layers: list[tuple[str, str]], linear: str | None, shared: bool) -
     needs = [Need("experts", fmt, "float32" if shared else dtype) for fmt, dtype in layers]
     if linear is not None:
         for _, dtype in layers:
-            needs += [Need("linear", fmt, dtype) for fmt in (linear, "int8")]
+            needs += [Need("linear", fmt, dtype) for fmt in (linear, head_format())]
             needs.append(Need("norm", "", dtype))
     return [*needs, Need("policies")] if shared else needs
 

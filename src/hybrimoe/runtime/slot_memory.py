@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from hybrimoe.errors import InsufficientMemoryError
+from hybrimoe.formats.registry import rounded
 from hybrimoe.policy.engine import Engine
 from hybrimoe.policy.plan import Plan
 from hybrimoe.policy.presets import preset
@@ -63,7 +64,7 @@ class SlotMemory:
             raise InsufficientMemoryError(
                 f"vram={vram!r} needs {self.floor} expert slots of {self.executor.slot_bytes} bytes "
                 f"at least, one per layer: {reason}; free some memory there, pack the experts "
-                "(weights='int4') or use device='cpu'",
+                f"(weights={rounded()[-1]!r}) or use device='cpu'",
                 self.floor * self.executor.slot_bytes,
                 free or 0,
             )

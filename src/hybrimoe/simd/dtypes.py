@@ -9,6 +9,7 @@ from hybrimoe.simd.jit import INLINED
 from hybrimoe.simd.vectors import Tag, bits_to_float, float_to_bits
 
 DTYPES = {name: Tag("dtype", name) for name in ("bfloat16", "float16", "float32")}
+F16 = DTYPES["float16"]
 
 
 @intrinsic

@@ -20,17 +20,20 @@ LANES = 16
 class TagType(types.Type):
     """The type of a compile-time constant: kernels are specialised and cached per tag."""
 
-    def __init__(self, kind, value):
+    def __init__(self, kind, value, version):
         self.kind, self.value = kind, value
-        super().__init__(name=f"Tag({kind}={value})")
+        super().__init__(name=f"Tag({kind}={value}{version and '@'}{version})")
 
 
 class Tag:
-    """A value the compiler sees as a type, e.g. `Tag("isa", "avx2")` or `Tag("tokens", 4)`."""
+    """A value the compiler sees as a type, e.g. `Tag("isa", "avx2")` or `Tag("tokens", 4)`.
 
-    def __init__(self, kind, value):
+    version: machine code of one version is not that of another.
+    """
+
+    def __init__(self, kind, value, version=""):
         self.value = value
-        self._numba_type_ = TagType(kind, value)
+        self._numba_type_ = TagType(kind, value, version)
 
     def __repr__(self):
         return f"Tag({self._numba_type_.kind}={self.value})"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hybrimoe.choices import WEIGHTS
+from hybrimoe.formats.registry import choices
 from hybrimoe.limits import MARGIN, ensure_host_fits, host_memory
 from hybrimoe.models.adapters import FoundExperts, top_k_of
 from hybrimoe.models.bytes import Footprint, footprint_to_load
@@ -49,7 +49,7 @@ def ensure_fits(
     footprint = footprint if kept is None else footprint.keeping(kept)
     have = host_memory(mapped=sum(os.path.getsize(file) for file in files))
     room = have.free - MARGIN
-    need, others = _peak(footprint, weights, ram), list(WEIGHTS)
+    need, others = _peak(footprint, weights, ram), list(choices())
     if kept is not None or ram is not None:
         others = []
     fits = [choice for choice in others if _peak(footprint, choice, None) <= room]
@@ -74,7 +74,7 @@ def ensure_wrap_fits(
     top_k, room = top_k_of(model), have.free - MARGIN - max(copied, default=0)
     sizes = None if ram is None else tier_sizes(ram, [layer[:2] for layer in layers], top_k)
     need = _wrap_peak(layers, math.inf if sizes is None else sizes.slots * sizes.slot_bytes)
-    fits = [w for w in WEIGHTS if _wrap_peak(_to_wrap(found, w), math.inf) <= room]
+    fits = [w for w in choices() if _wrap_peak(_to_wrap(found, w), math.inf) <= room]
     left = _slots_left(layers, room) // MIB
     if fits and ram is None:
         nearest = f"weights={fits[0]!r} fits"

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hybrimoe.formats.loops import quantize, rows
+from hybrimoe.formats.registry import quantize, rows
 from hybrimoe.kernels.cpu.gates import apply_gate
 from hybrimoe.simd.dtypes import narrow, widen
 from hybrimoe.simd.jit import inlined, inner, kernel

@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hybrimoe.formats.layout import GROUP, LINE, ROWS, Layout, block_bytes
-from hybrimoe.formats.loops import FORMATS, activation_bytes, quantize, rows
+from hybrimoe.formats.base import GROUP, LINE, ROWS
+from hybrimoe.formats.layout import Layout
+from hybrimoe.formats.registry import TAGS, activation_bytes, named, quantize, rows
 from hybrimoe.kernels.cpu.experts import DEEPEST, T1, T2, T4, T8, deepest
 from hybrimoe.kernels.cpu.run_layer import SMALL, check_array
 from hybrimoe.kernels.cpu.workspace import Workspace
@@ -44,7 +45,7 @@ class Buffers(NamedTuple):
 def matrix_layout(fmt: str, outputs: int, inputs: int) -> Layout:
     """The layout of a matrix [N, K] with N = `outputs`, K = `inputs`."""
     outputs, inputs = -(-outputs // GROUP) * GROUP, -(-inputs // GROUP) * GROUP
-    block = block_bytes(fmt, inputs)
+    block = named(fmt).block_bytes(inputs)
     size = -(-outputs // ROWS * block // LINE) * LINE
     return Layout(outputs, inputs, 1, 0, 0, block, 0, 0, size, size)
 
@@ -84,7 +85,7 @@ def run_linear(
     outputs, inputs = matrix.shape
     check_array("x", x, (len(x), inputs), number)
     check_array("out", out, (len(x), outputs), number)
-    tags = ISA_TAGS[isa or HOST_ISA], FORMATS[matrix.fmt], DTYPES[dtype]
+    tags = ISA_TAGS[isa or HOST_ISA], TAGS[matrix.fmt], DTYPES[dtype]
     with launch.lock:
         team, tokens = launch.threads(threads), len(x)
         key = (matrix.fmt, matrix.layout, tokens, team)

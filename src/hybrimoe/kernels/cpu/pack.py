@@ -3,15 +3,13 @@
 from typing import NamedTuple
 
 import numpy as np
-from numba.extending import overload
 
-from hybrimoe.formats.loops import HIGHEST
-from hybrimoe.simd.dtypes import DTYPES, narrow, widen
-from hybrimoe.simd.jit import INLINED, inlined, inner, kernel
+from hybrimoe.formats.registry import pack_group, unpack_group
+from hybrimoe.simd.dtypes import narrow, widen
+from hybrimoe.simd.jit import inner, kernel
 from hybrimoe.simd.threads import fork_join
 from hybrimoe.simd.vectors import take
 
-F16 = DTYPES["float16"]
 ONLY_UP, ONLY_DOWN = 1, 2
 """Which matrices to pack when they do not come together."""
 
@@ -44,7 +42,7 @@ class Weights(NamedTuple):
 def pack_experts(fmt, dtype, threads, layout, weights, blobs, rows, work):
     """Fill `blobs` [E, expert_bytes] uint8 from `weights`, biases aside.
 
-    fmt: the formats of gate and up, and of down; blocks of K types are left alone.
+    fmt: the formats of gate and up, and of down; blocks of formats that only files bring are left alone.
     rows: [threads, 32] float32 scratch. work: [8] int64 zeros; work[1] tells how many groups could
     not be quantized, because a weight is not finite or its scale exceeds float16. work[3] set to
     ONLY_UP or ONLY_DOWN leaves the other matrices' bytes alone and does not read their weights.
@@ -148,188 +146,3 @@ def _write_group(dtype, tensor, block, lane, g, row):
     first = block.first + lane * block.row + g * 32 * block.column
     for i in range(min(32, max(0, block.columns - g * 32))):
         tensor[first + i * block.column] = narrow(dtype, row[i])
-
-
-def pack_group(fmt, row, blob, at, lane, g, work):
-    """The Python face of the packers below: row [32] float32 to group g of one lane of a block."""
-    raise TypeError("pack_group runs only inside a kernel")
-
-
-def unpack_group(fmt, row, blob, at, lane, g):
-    """The Python face of the unpackers below."""
-    raise TypeError("unpack_group runs only inside a kernel")
-
-
-@inner
-def _scale(row, levels, signed, blob, at, work):
-    """Store the group's float16 scale at byte `at` and return it.
-
-    signed: the element of largest magnitude maps to -levels exactly, which uses all of int4's range
-    (llama.cpp's Q4_0) and halves the error there; else it maps to plus or minus `levels`.
-    """
-    extreme = np.float32(0)
-    for i in range(32):
-        extreme = row[i] if abs(row[i]) > abs(extreme) else extreme
-    extreme = -extreme if signed else abs(extreme)
-    bits = narrow(F16, extreme / np.float32(levels))
-    blob.view(np.uint16)[at // 2] = bits
-    scale = widen(F16, bits)
-    finite = abs(scale) <= HIGHEST
-    for i in range(32):
-        finite &= abs(row[i]) <= HIGHEST  # false for NaN too
-    if not finite:
-        work[1] += 1
-    return scale
-
-
-@inner
-def _inverse(scale):
-    return np.float32(0) if scale == 0 else np.float32(1) / scale
-
-
-def _pack_int4(fmt, row, blob, at, lane, g, work):
-    scale = _scale(row, 8, True, blob, at + g * 288 + 256 + lane * 2, work)
-    inverse, start = _inverse(scale), at + g * 288 + lane * 4
-    for j in range(4):
-        for b in range(4):
-            low = max(0, min(np.int32(np.rint(row[j * 8 + b] * inverse)) + 8, 15))
-            high = max(0, min(np.int32(np.rint(row[j * 8 + 4 + b] * inverse)) + 8, 15))
-            blob[start + j * 64 + b] = low | (high << 4)
-
-
-def _unpack_int4(fmt, row, blob, at, lane, g):
-    scale = widen(F16, blob.view(np.uint16)[(at + g * 288 + 256) // 2 + lane])
-    start = at + g * 288 + lane * 4
-    for j in range(4):
-        for b in range(4):
-            pair = np.int32(blob[start + j * 64 + b])
-            row[j * 8 + b] = np.float32((pair & 15) - 8) * scale
-            row[j * 8 + 4 + b] = np.float32((pair >> 4) - 8) * scale
-
-
-def _pack_int8(fmt, row, blob, at, lane, g, work):
-    scale = _scale(row, 127, False, blob, at + g * 544 + 512 + lane * 2, work)
-    inverse, start, ints = _inverse(scale), at + g * 544 + lane * 4, blob.view(np.int8)
-    for i in range(32):
-        q = np.int32(np.rint(row[i] * inverse))
-        ints[start + i // 4 * 64 + i % 4] = max(-127, min(127, q))
-
-
-def _unpack_int8(fmt, row, blob, at, lane, g):
-    scale = widen(F16, blob.view(np.uint16)[(at + g * 544 + 512) // 2 + lane])
-    start, ints = at + g * 544 + lane * 4, blob.view(np.int8)
-    for i in range(32):
-        row[i] = np.float32(ints[start + i // 4 * 64 + i % 4]) * scale
-
-
-def _pack_bfloat16(fmt, row, blob, at, lane, g, work):
-    halves, start = blob.view(np.uint16), at // 2 + g * 512 + lane * 2
-    for i in range(32):
-        halves[start + i // 2 * 32 + i % 2] = narrow(fmt, row[i])
-
-
-def _unpack_bfloat16(fmt, row, blob, at, lane, g):
-    halves, start = blob.view(np.uint16), at // 2 + g * 512 + lane * 2
-    for i in range(32):
-        row[i] = widen(fmt, halves[start + i // 2 * 32 + i % 2])
-
-
-def _pack_float16(fmt, row, blob, at, lane, g, work):
-    halves, start = blob.view(np.uint16), at // 2 + g * 512 + lane
-    for i in range(32):
-        halves[start + i * 16] = narrow(fmt, row[i])
-
-
-def _unpack_float16(fmt, row, blob, at, lane, g):
-    halves, start = blob.view(np.uint16), at // 2 + g * 512 + lane
-    for i in range(32):
-        row[i] = widen(fmt, halves[start + i * 16])
-
-
-def _pack_float32(fmt, row, blob, at, lane, g, work):
-    floats, start = blob.view(np.float32), at // 4 + g * 512 + lane
-    for i in range(32):
-        floats[start + i * 16] = row[i]
-
-
-def _unpack_float32(fmt, row, blob, at, lane, g):
-    floats, start = blob.view(np.float32), at // 4 + g * 512 + lane
-    for i in range(32):
-        row[i] = floats[start + i * 16]
-
-
-def _unpack_q4_k(fmt, row, blob, at, lane, g):
-    start = at + g // 8 * 2368 + 64 + g % 8 * 288
-    scale, least = _scale_and_least(blob, at + g // 8 * 2368, start + 256, lane)
-    for i in range(32):
-        row[i] = scale * np.float32(_nibble(blob, start, lane, i)) - least
-
-
-def _unpack_q5_k(fmt, row, blob, at, lane, g):
-    start = at + g // 8 * 2880 + 64 + g % 8 * 352
-    scale, least = _scale_and_least(blob, at + g // 8 * 2880, start + 320, lane)
-    for i in range(32):
-        bits = np.int32(blob[start + 256 + lane * 4 + i % 4])
-        fifth = (bits >> (i // 8 + (4 if i % 8 < 4 else 0))) & 1
-        row[i] = scale * np.float32(_nibble(blob, start, lane, i) | fifth << 4) - least
-
-
-def _unpack_q6_k(fmt, row, blob, at, lane, g):
-    head = at + g // 8 * 3360
-    start, ints = head + 32 + g % 8 * 416, blob.view(np.int8)
-    d = widen(F16, blob.view(np.uint16)[head // 2 + lane])
-    for i in range(32):
-        half, j = i // 16, i % 16 // 8
-        bits = np.int32(blob[start + half * 192 + 128 + lane * 4 + i % 4])
-        upper = (bits >> (2 * j + (4 if i % 8 < 4 else 0))) & 3
-        q = _nibble(blob, start + half * 192, lane, i % 16) | upper << 4
-        scale = d * np.float32(ints[start + 384 + half * 16 + lane])
-        row[i] = scale * np.float32(q - 32)
-
-
-@inlined
-def _nibble(blob, start, lane, i):
-    """Number i of a lane of a group: a byte holds numbers that lie 4 apart."""
-    pair = np.int32(blob[start + i // 8 * 64 + lane * 4 + i % 4])
-    return pair & 15 if i % 8 < 4 else pair >> 4
-
-
-@inlined
-def _scale_and_least(blob, head, at, lane):
-    """What a group of q4_k or q5_k multiplies its integers by, and what it subtracts; exact."""
-    halves = blob.view(np.uint16)
-    scale = widen(F16, halves[head // 2 + lane]) * np.float32(blob[at + lane])
-    return scale, widen(F16, halves[head // 2 + 16 + lane]) * np.float32(blob[at + 16 + lane])
-
-
-def _leave(fmt, row, blob, at, lane, g, work):
-    """K types are made from no floats: what a file brought stays."""
-
-
-_PACKERS = {
-    "int4": _pack_int4,
-    "int8": _pack_int8,
-    "bfloat16": _pack_bfloat16,
-    "float16": _pack_float16,
-    "float32": _pack_float32,
-}
-_UNPACKERS = {
-    "int4": _unpack_int4,
-    "int8": _unpack_int8,
-    "bfloat16": _unpack_bfloat16,
-    "float16": _unpack_float16,
-    "float32": _unpack_float32,
-    "q4_k": _unpack_q4_k,
-    "q5_k": _unpack_q5_k,
-    "q6_k": _unpack_q6_k,
-}
-
-
-@overload(pack_group, jit_options=INLINED)
-def _choose_packer(fmt, row, blob, at, lane, g, work):
-    return _PACKERS.get(fmt.value, _leave)
-
-
-@overload(unpack_group, jit_options=INLINED)
-def _choose_unpacker(fmt, row, blob, at, lane, g):
-    return _UNPACKERS[fmt.value]

@@ -8,9 +8,8 @@ int8 groups, and what that adds is measured.
 
 import numpy as np
 
-from hybrimoe.formats.loops import HIGHEST
-from hybrimoe.kernels.cpu.pack import F16
-from hybrimoe.simd.dtypes import narrow, widen
+from hybrimoe.formats.activations import HIGHEST
+from hybrimoe.simd.dtypes import F16, narrow, widen
 from hybrimoe.simd.jit import inner, kernel
 from hybrimoe.simd.threads import fork_join
 from hybrimoe.simd.vectors import take

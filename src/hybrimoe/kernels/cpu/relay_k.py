@@ -1,4 +1,4 @@
-"""Experts in the K types of ggml files, laid out anew: the same bits in the order of `k_rows.py`.
+"""Experts in the K types of GGUF files, laid out anew: the same bits, in the order of `k_types.py`.
 
 A block of the file holds 256 numbers of one row. Its nibbles are pairs of groups of 32: of one byte,
 the lower half belongs to the first group and the upper half to a later one; a blob has them 4 columns
@@ -12,8 +12,6 @@ from hybrimoe.simd.jit import inlined, inner, kernel
 from hybrimoe.simd.threads import fork_join
 from hybrimoe.simd.vectors import take
 
-FORMATS = {Q4_K: "q4_k", Q5_K: "q5_k", Q6_K: "q6_k"}
-"""Blob formats by a type's number in the file."""
 NIBBLES = np.uint32(0x0F0F0F0F)
 UPPER = np.uint32(0xF0F0F0F0)
 

@@ -9,7 +9,7 @@ import numpy as np
 from hybrimoe.errors import RoutingError
 from hybrimoe.formats.gate import Gate
 from hybrimoe.formats.layout import Layout, split
-from hybrimoe.formats.loops import FORMATS, activation_bytes
+from hybrimoe.formats.registry import TAGS, activation_bytes
 from hybrimoe.kernels.cpu.experts import DEEPEST, Scratch, Strides, ids_in_range, run_experts
 from hybrimoe.kernels.cpu.workspace import Workspace
 from hybrimoe.simd.dtypes import DTYPES
@@ -105,7 +105,7 @@ def run_layer(
     """
     check_arguments(layer, x, ids, weights, out, dtype, shards)
     up, down = split(layer.fmt)
-    tag, fmt, kind = ISA_TAGS[isa or HOST_ISA], (FORMATS[up], FORMATS[down]), DTYPES[dtype]
+    tag, fmt, kind = ISA_TAGS[isa or HOST_ISA], (TAGS[up], TAGS[down]), DTYPES[dtype]
     with launch.lock:
         for start in range(0, len(x), LONGEST):
             part = slice(start, start + LONGEST)

@@ -17,15 +17,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from hybrimoe.formats.gate import Gate
 from hybrimoe.formats.layout import Layout
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-NUMBERS = {"int4": 8, "int8": 4, "bfloat16": 2, "float16": 1, "float32": 1}
-"""Columns of one row that lie side by side before the next of the 16 interleaved rows."""
 
 Put = Callable[[np.ndarray], Tensor]
 """Copies a flat int32 array to the device, in the order of the current stream."""

@@ -16,20 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, pad, relu
 
-from hybrimoe.formats.decode import k_numbers
+from hybrimoe.formats.base import ROWS
+from hybrimoe.formats.decode import decode
 from hybrimoe.formats.gate import SOFTCAP, Gate
-from hybrimoe.formats.layout import (
-    BLOCK_BYTES,
-    GROUP,
-    K_HEAD,
-    QUANTIZED,
-    ROWS,
-    SUPER,
-    Layout,
-    is_integer,
-    split,
-)
-from hybrimoe.kernels.gpu.pairs import DTYPES, NUMBERS, Pairs, Put, Run, Slots, by_slot
+from hybrimoe.formats.layout import Layout, is_integer, split
+from hybrimoe.formats.registry import named
+from hybrimoe.kernels.gpu.pairs import Pairs, Put, Run, Slots, by_slot
 
 UNPACKED_BYTES = 256 << 20
 """Unpacked weights that one batch of slots may take."""
@@ -76,7 +68,9 @@ def compute_dtype(fmt: str, x: Tensor) -> torch.dtype:
     """Halves on an accelerator, where their products sum in float32; float32 wherever they would
     lose bits of native weights, and on the CPU, where few machines multiply halves fast."""
     halves = x.dtype in (torch.bfloat16, torch.float16) and x.device.type != "cpu"
-    return x.dtype if halves and (is_integer(fmt) or DTYPES[fmt] == x.dtype) else torch.float32
+    return (
+        x.dtype if halves and (is_integer(fmt) or getattr(torch, fmt) == x.dtype) else torch.float32
+    )
 
 
 def cut_batches(layout: Layout, runs: Iterable[Run], itemsize: int) -> Iterator[list[Run]]:
@@ -108,11 +102,11 @@ def unpack(
     ups = parts[..., : layout.down_at].unflatten(-1, (-1, matrices, layout.up_block))
     down_end = layout.down_at + tall * layout.down_block
     downs = parts[..., layout.down_at : down_end].unflatten(-1, (tall, layout.down_block))
-    up_fmt, down_fmt = split(fmt)
+    up_fmt, down_fmt = (named(part) for part in split(fmt))
     # up: [A, s, R, M, g, J, 16, N] -> rows of F are (s, R, 16), columns (g, J, N)
-    up = _numbers(up_fmt, ups, layout.hidden, dtype).permute(0, 3, 1, 2, 6, 4, 5, 7)
+    up = decode(up_fmt, ups, layout.hidden, dtype).permute(0, 3, 1, 2, 6, 4, 5, 7)
     # down: [A, s, R, g, J, 16, N] -> rows of D are (R, 16), columns of F (s, g, J, N)
-    down = _numbers(down_fmt, downs, layout.width, dtype).permute(0, 2, 5, 1, 3, 4, 6)
+    down = decode(down_fmt, downs, layout.width, dtype).permute(0, 2, 5, 1, 3, 4, 6)
     up_bias = down_bias = None
     if layout.bias_at:
         middle = layout.bias_at + 4 * matrices * layout.width
@@ -178,22 +172,3 @@ def _rows(tensor: Tensor, rows: list[int]) -> Tensor:
     if last - first + 1 == len(rows):
         return tensor[first : last + 1]
     return tensor[torch.tensor(rows, device=tensor.device)]
-
-
-def _numbers(fmt: str, blocks: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-    """Blocks [..., block bytes] as numbers [..., g, J, 16, N]: column J * N + n of group g."""
-    if fmt in K_HEAD:
-        return k_numbers(fmt, blocks, columns // SUPER).to(dtype)
-    scale_bytes = 2 * ROWS if fmt in QUANTIZED else 0
-    weight_bytes, groups = ROWS * BLOCK_BYTES[fmt], columns // GROUP
-    units = blocks[..., : groups * (weight_bytes + scale_bytes)].unflatten(-1, (groups, -1))
-    raw, inside = units[..., :weight_bytes], (-1, ROWS, NUMBERS[fmt])
-    if fmt not in QUANTIZED:
-        return raw.view(DTYPES[fmt]).to(dtype).unflatten(-1, inside)
-    if fmt == "int4":  # four bytes of a row: their low nibbles, then their high nibbles
-        raw = raw.unflatten(-1, (-1, ROWS, 4))
-        ints = torch.cat([raw & 15, raw >> 4], -1).to(dtype) - 8
-    else:
-        ints = raw.view(torch.int8).to(dtype).unflatten(-1, inside)
-    scales = units[..., weight_bytes:].view(torch.float16).to(dtype)  # [..., g, 16]
-    return ints * scales[..., None, :, None]

@@ -15,7 +15,7 @@ SLOT, WEIGHT, LOW, HIGH, BEGIN = (1, 2, 3, 4, 5) if tl is None else map(tl.const
 @entry
 def up_pairs(
     words, x, table, h, pairs, alpha, limit, offset,
-    FMT: tl.constexpr, KIND: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+    CODES: tl.constexpr, KIND: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
     COLUMNS: tl.constexpr, WIDTH: tl.constexpr, SHARDS: tl.constexpr, MATRICES: tl.constexpr,
     UP_BLOCK: tl.constexpr, DOWN_BLOCK: tl.constexpr, DOWN_AT: tl.constexpr, BIAS_AT: tl.constexpr,
     SHARD: tl.constexpr, EXPERT: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr,
@@ -37,9 +37,9 @@ def up_pairs(
         unit = first + tl.arange(0, UNITS)
         live = unit < COLUMNS
         at, row_x = ups + unit * UNIT, x + t * D
-        g = add_units(g, words, at, live, row_x, unit * 32, D, FMT, N)
+        g = add_units(g, words, at, live, row_x, unit * 32, D, CODES, N)
         if MATRICES == 2:
-            u = add_units(u, words, at + UP_BLOCK, live, row_x, unit * 32, D, FMT, N)
+            u = add_units(u, words, at + UP_BLOCK, live, row_x, unit * 32, D, CODES, N)
     acted, up = tl.sum(tl.sum(g, 1), 0), tl.sum(tl.sum(u, 1), 0)
     lane = tl.arange(0, 16)
     f = row * 16 + lane
@@ -57,7 +57,7 @@ def up_pairs(
 @entry
 def down_tokens(
     words, table, h, out, pairs,
-    FMT: tl.constexpr, KIND: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+    CODES: tl.constexpr, KIND: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
     COLUMNS: tl.constexpr, WIDTH: tl.constexpr, SHARDS: tl.constexpr, MATRICES: tl.constexpr,
     UP_BLOCK: tl.constexpr, DOWN_BLOCK: tl.constexpr, DOWN_AT: tl.constexpr, BIAS_AT: tl.constexpr,
     SHARD: tl.constexpr, EXPERT: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr,
@@ -76,7 +76,7 @@ def down_tokens(
         slot = tl.load(table + SLOT * pairs + p, mask=live, other=0).to(tl.int64)
         at = slot * EXPERT + DOWN_AT + block * DOWN_BLOCK + shard * SHARD + unit % WIDTH * UNIT
         stop = end * (SHARDS * WIDTH * 32)
-        total = add_units(total, words, at, live, h, unit * 32, stop, FMT, N)
+        total = add_units(total, words, at, live, h, unit * 32, stop, CODES, N)
     d = block * 16 + tl.arange(0, 16)
     value = tl.sum(tl.sum(total, 1), 0)
     if BIAS_AT:

@@ -3,8 +3,8 @@
 Few pairs (decode) take the two launches of `triton_pairs`, whatever the number of experts; many
 (prefill) take the tiles of `triton_tiles` and one more. Written for Ampere and later, compiled for
 sm_80, sm_89 and sm_90 and checked in Triton's interpreter; speed is unmeasured, and `TILES` and the
-constants beside it are estimates. There are no kernels for K types: their layers run by
-`torch_experts`, which dequantizes them.
+constants beside it are estimates. Layers of formats that `is_read` denies, such as K types, run
+by `torch_experts`, which dequantizes them.
 """
 
 from __future__ import annotations
@@ -17,26 +17,19 @@ import torch
 from torch import Tensor
 
 from hybrimoe.errors import HybriMoEError
-from hybrimoe.formats.layout import (
-    BLOCK_BYTES,
-    GROUP,
-    QUANTIZED,
-    ROWS,
-    Layout,
-    has_k_types,
-    is_integer,
-    split,
-)
+from hybrimoe.formats.base import BYTES, GROUP, NIBBLES, ROWS, BlobFormat
+from hybrimoe.formats.layout import Layout, is_integer, split
+from hybrimoe.formats.registry import named
 from hybrimoe.kernels.gpu import torch_experts
-from hybrimoe.kernels.gpu.pairs import DTYPES, NUMBERS, Pairs, Put, Run, Slots, begins, by_slot
+from hybrimoe.kernels.gpu.pairs import Pairs, Put, Run, Slots, begins, by_slot
 from hybrimoe.kernels.gpu.triton_decode import down_tokens, up_pairs
 from hybrimoe.kernels.gpu.triton_prefill import down_tiles, sum_pairs, up_tiles
 from hybrimoe.kernels.gpu.triton_units import triton
 
 MOST_PAIRS = 128
 """Up to here every pair reads its own weights; beyond, pairs of a slot share them in tiles."""
-UNITS = {"int4": 32, "int8": 16, "bfloat16": 8, "float16": 8, "float32": 4}
-"""Units a decode program has in flight: 8 kB of weights, 64 bytes for each of its 128 threads."""
+IN_FLIGHT = 8192
+"""Bytes of weights that a decode program has in flight: 64 for each of its 128 threads."""
 BLOCKS, GROUPS = 4, 2
 """Blocks of 16 rows in a prefill tile, and groups of 32 columns in one step of its product."""
 TILES = {
@@ -70,7 +63,7 @@ def run(
         return
     if slots.blobs.data_ptr() % 16:
         raise ValueError("blobs must start on a multiple of 16 bytes")
-    if has_k_types(slots.fmt):
+    if not all(is_read(named(fmt)) for fmt in split(slots.fmt)):
         torch_experts.run(slots, pairs, x, out, put)
         return
     launch = (
@@ -79,10 +72,20 @@ def run(
     launch(slots, pairs, x, out, put)
 
 
+def is_read(fmt: BlobFormat) -> bool:
+    """Whether these kernels read a format: plain numbers, or codes with one float16 scale per group."""
+    if fmt.is_native:
+        return True
+    plain = not fmt.shared and not fmt.extra_bits and not fmt.minimum and fmt.parts == 1
+    known = {NIBBLES: 8, BYTES: 0}.get(fmt.codes) == fmt.zero and fmt.run == 4
+    return plain and known and fmt.scale == "float16"
+
+
 def _run_pairs(slots: Slots, pairs: Pairs, x: Tensor, out: Tensor, put: Put) -> None:
     layout, gate, count = slots.layout, slots.gate, len(pairs.token)
     (up, units), (down, wider) = (
-        (_constants(fmt, layout, gate.kind, x.shape[1]), UNITS[fmt]) for fmt in split(slots.fmt)
+        (_constants(fmt, layout, gate.kind, x.shape[1]), IN_FLIGHT // named(fmt).part_bytes)
+        for fmt in split(slots.fmt)
     )
     words, table = slots.blobs.view(torch.int32), put(_packed(pairs, begins(pairs, len(x))))
     h = torch.empty((count, layout.inner), dtype=torch.float32, device=x.device)
@@ -145,7 +148,7 @@ def _packed(pairs: Pairs, *more: np.ndarray) -> np.ndarray:
 def product(fmt: str, x: Tensor) -> tuple[torch.dtype, str]:
     """What a prefill multiplies, and how: halves where that loses nothing of native weights, else
     float32 as three products on tensor cores, whose NMSE stays below 1e-10."""
-    halves = x.dtype != torch.float32 and (is_integer(fmt) or DTYPES[fmt] == x.dtype)
+    halves = x.dtype != torch.float32 and (is_integer(fmt) or getattr(torch, fmt) == x.dtype)
     if halves and x.dtype == torch.bfloat16 and triton.knobs.runtime.interpret:
         halves = False  # the interpreter multiplies bfloat16 as its bits
     return (x.dtype, "ieee") if halves else (torch.float32, "tf32x3")
@@ -157,10 +160,11 @@ def _constants(fmt: str, layout: Layout, kind: int, hidden: int) -> dict[str, An
 
     COLUMNS and WIDTH count groups of 32 of D and of a shard's F; all strides count words.
     """
+    kept = named(fmt)
     return {
-        "FMT": fmt,
+        "CODES": kept.codes,
         "KIND": kind,
-        "N": NUMBERS[fmt],
+        "N": kept.neighbours,
         "D": hidden,
         "COLUMNS": layout.hidden // GROUP,
         "WIDTH": layout.width // GROUP,
@@ -172,5 +176,5 @@ def _constants(fmt: str, layout: Layout, kind: int, hidden: int) -> dict[str, An
         "BIAS_AT": layout.bias_at // 4,
         "SHARD": layout.shard_bytes // 4,
         "EXPERT": layout.expert_bytes // 4,
-        "UNIT": (ROWS * BLOCK_BYTES[fmt] + (2 * ROWS if fmt in QUANTIZED else 0)) // 4,
+        "UNIT": kept.unit_bytes // 4,
     }

@@ -17,7 +17,7 @@ ORDER, BEGIN = (5, 6) if tl is None else map(tl.constexpr, range(5, 7))
 @entry
 def up_tiles(
     words, x, table, h, pairs, tokens, alpha, limit, offset,
-    FMT: tl.constexpr, KIND: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+    CODES: tl.constexpr, KIND: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
     COLUMNS: tl.constexpr, WIDTH: tl.constexpr, SHARDS: tl.constexpr, MATRICES: tl.constexpr,
     UP_BLOCK: tl.constexpr, DOWN_BLOCK: tl.constexpr, DOWN_AT: tl.constexpr, BIAS_AT: tl.constexpr,
     SHARD: tl.constexpr, EXPERT: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
@@ -44,10 +44,10 @@ def up_tiles(
         d = group * 32 + tl.arange(0, GROUPS * 32)[None, :]
         xs = tl.load(x + t[:, None] * D + d, mask=mine[:, None] & (d < D), other=0)
         xs = xs.to(h.dtype.element_ty)
-        w = matrix(words, at, live, BLOCKS, GROUPS, FMT, N).to(h.dtype.element_ty)
+        w = matrix(words, at, live, BLOCKS, GROUPS, CODES, N).to(h.dtype.element_ty)
         g = tl.dot(xs, w, g, input_precision=PRECISION)
         if MATRICES == 2:
-            w = matrix(words, at + UP_BLOCK, live, BLOCKS, GROUPS, FMT, N)
+            w = matrix(words, at + UP_BLOCK, live, BLOCKS, GROUPS, CODES, N)
             u = tl.dot(xs, w.to(h.dtype.element_ty), u, input_precision=PRECISION)
     f = tl.program_id(0) * (BLOCKS * 16) + tl.arange(0, BLOCKS * 16)
     real = f < SHARDS * WIDTH * 32
@@ -66,7 +66,7 @@ def up_tiles(
 @entry
 def down_tiles(
     words, h, table, y, pairs, tokens,
-    FMT: tl.constexpr, KIND: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+    CODES: tl.constexpr, KIND: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
     COLUMNS: tl.constexpr, WIDTH: tl.constexpr, SHARDS: tl.constexpr, MATRICES: tl.constexpr,
     UP_BLOCK: tl.constexpr, DOWN_BLOCK: tl.constexpr, DOWN_AT: tl.constexpr, BIAS_AT: tl.constexpr,
     SHARD: tl.constexpr, EXPERT: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
@@ -90,7 +90,7 @@ def down_tiles(
         f = group * 32 + tl.arange(0, GROUPS * 32)[None, :]
         place = h + p.to(tl.int64)[:, None] * (SHARDS * WIDTH * 32) + f
         hs = tl.load(place, mask=mine[:, None] & (f < high * WIDTH * 32), other=0)
-        w = matrix(words, at, live, BLOCKS, GROUPS, FMT, N).to(h.dtype.element_ty)
+        w = matrix(words, at, live, BLOCKS, GROUPS, CODES, N).to(h.dtype.element_ty)
         total = tl.dot(hs, w, total, input_precision=PRECISION)
     d = tl.program_id(0) * (BLOCKS * 16) + tl.arange(0, BLOCKS * 16)
     if BIAS_AT:  # it belongs to the first shard

@@ -22,7 +22,9 @@ from torch import Tensor
 
 from hybrimoe.errors import CheckpointError, ConfigError, UnsupportedModelError
 from hybrimoe.files import read_at
+from hybrimoe.formats.integer import INT4, INT8
 from hybrimoe.formats.layout import is_integer, join, split
+from hybrimoe.formats.registry import FORMATS, named
 from hybrimoe.kernels.cpu import relay as ggml
 from hybrimoe.kernels.cpu import relay_k as ggml_k
 from hybrimoe.models.adapters import FoundExperts
@@ -34,7 +36,7 @@ from hybrimoe.sources.safetensors import bytes_of
 from hybrimoe.sources.sink import Arrivals
 
 logger = logging.getLogger("hybrimoe")
-OWN = {ggml.Q4_0: "int4", **ggml_k.FORMATS}
+OWN = {fmt.ggml_type: fmt.name for fmt in FORMATS.values() if fmt.ggml_type is not None}
 """Formats for a type alone; all others become int8, some of them without loss."""
 PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
 """Types that are no blocks."""
@@ -51,8 +53,8 @@ def weights_of(layers: dict[int, Matrices]) -> dict[int, str]:
 
 def _format_of(layer: Matrices) -> str:
     """Gate and up share a format, so types that differ become int8."""
-    gate, up, down = (OWN.get(tensor.kind, "int8") for tensor in layer)
-    return join(gate if gate == up else "int8", down)
+    gate, up, down = (OWN.get(tensor.kind, INT8.name) for tensor in layer)
+    return join(gate if gate == up else INT8.name, down)
 
 
 def prescribed(layers: dict[int, Matrices]) -> Callable[[str], str | None]:
@@ -118,7 +120,7 @@ class ExpertsReader:
         """One matrix of all experts into the blobs, by the kernel."""
         experts, rows, columns = matrix.shape
         fmt = split(layer.packed.fmt)[at == 2]
-        is_own = ggml_k.FORMATS.get(matrix.kind) == fmt
+        is_own = OWN.get(matrix.kind) == fmt and named(fmt).pack is None
         direct = is_own or (matrix.kind in ggml.BLOCK and matrix.kind not in PLAIN)
         staged = matrix.each if direct else 4 * rows * columns
         chunk = min(experts, max(1, STAGING_BYTES // staged))
@@ -141,7 +143,7 @@ class ExpertsReader:
                 if is_own:
                     ggml_k.relay_k(kind, *what, work)
                 else:
-                    bits = 4 if fmt == "int4" else 8
+                    bits = 4 if fmt == INT4.name else 8
                     ggml.relay_experts(kind, bits, *what, scratch, sums, work)
             if work[ggml.NOT_FINITE]:
                 name, path, *_ = next(matrix.pieces(first, count))

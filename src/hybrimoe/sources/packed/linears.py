@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hybrimoe.errors import CheckpointError
-from hybrimoe.formats.layout import QUANTIZED
+from hybrimoe.formats.registry import rounded
 from hybrimoe.kernels.cpu.linear import matrix_layout
 from hybrimoe.models import weights as formats
 from hybrimoe.modules.packed_linear import FoundLinear, PackedLinear, packed_matrix
@@ -117,7 +117,7 @@ def _open(
 ) -> StoredLinear:
     fmt = entry["format"]
     module, dtype = modules.get(name), DTYPES.get(entry["dtype"])
-    if type(module) is not nn.Linear or fmt not in QUANTIZED or dtype is None:
+    if type(module) is not nn.Linear or fmt not in rounded() or dtype is None:
         raise CheckpointError(
             f"holds {fmt[:20]} rows of {name[:200]}, which is no dense layer of config.json's model",
             path,

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from hybrimoe.choices import LINEAR
 from hybrimoe.errors import CheckpointError
+from hybrimoe.formats.registry import rounded
 from hybrimoe.sources.safetensors import check_file, parse_json
 
 MANIFEST, DENSE, LINEARS = "hybrimoe.json", "dense.safetensors", "linears.safetensors"
@@ -96,7 +96,7 @@ def _check_linears(manifest: dict[str, Any], path: Path) -> None:
     linears = manifest.get("linears")
     if linears is None:
         return
-    if not _has(linears, {"format": str, "layers": list}) or linears["format"] not in LINEAR:
+    if not _has(linears, {"format": str, "layers": list}) or linears["format"] not in rounded():
         raise CheckpointError("must say the format and the layers of packed dense layers", path)
     for at, entry in enumerate(linears["layers"]):
         if not _has(entry, LINEAR_ENTRY) or [*map(type, entry["shape"])] != [int, int]:

@@ -7,10 +7,13 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+from reference_k import K_HEAD, k_block_bytes, unpack_k_block
 
 from hybrimoe.formats.gate import NAMES, Gate
-from hybrimoe.formats.layout import GROUP, K_HEAD, LINE, QUANTIZED, ROWS, Layout, block_bytes, split
-from hybrimoe.kernels.reference_k import unpack_k_block
+from hybrimoe.formats.layout import Layout, split
+
+GROUP, ROWS, LINE = 32, 16, 64
+QUANTIZED = ("int4", "int8")
 
 LEVELS = {"int4": 8, "int8": 127}
 """What the largest weight of a group becomes; for int4 it is minus 8, whatever its sign."""
@@ -148,7 +151,7 @@ def unpack(fmt, layout: Layout, blob, hidden, inner):
 def _pack_block(fmt, rows):
     """Bytes of rows [16, C]: per group of 32 columns the interleaved weights, then the scales."""
     if fmt in K_HEAD:
-        return bytes(block_bytes(fmt, rows.shape[1]))
+        return bytes(k_block_bytes(fmt, rows.shape[1]))
     if fmt not in QUANTIZED:
         return _interleave(fmt, to_bits(fmt, rows)).tobytes()
     codes, scales = quantize(fmt, rows)

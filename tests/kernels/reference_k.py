@@ -1,8 +1,17 @@
-"""NumPy twin of the K types: a block of 16 rows as `k_rows.py` describes it, read back."""
+"""NumPy twin of the K types: a block of 16 rows as `k_types.py` describes it, read back."""
 
 import numpy as np
 
-from hybrimoe.formats.layout import K_GROUP, K_HEAD, ROWS
+ROWS = 16
+K_GROUP = {"q4_k": 288, "q5_k": 352, "q6_k": 416}
+"""Bytes of 16 rows' groups of 32 elements."""
+K_HEAD = {"q4_k": 64, "q5_k": 64, "q6_k": 32}
+"""Bytes of what 256 elements of each of the 16 rows share, in front of their 8 groups."""
+
+
+def k_block_bytes(fmt, columns):
+    """Bytes of 16 rows of so many columns, in whole cache lines."""
+    return -(-(columns // 256 * (K_HEAD[fmt] + 8 * K_GROUP[fmt])) // 64) * 64
 
 
 def unpack_k_block(fmt, block):
