@@ -1,7 +1,5 @@
 """How many expert slots a budget gives, and what the KV cache takes of it."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from hypothesis import given
@@ -12,14 +10,13 @@ import families
 import hybrimoe
 from hybrimoe import session
 from hybrimoe.errors import ConfigError
+from hybrimoe.models.bytes import KV_TOKEN, cache_bytes
 from hybrimoe.models.releases import cache_in
 from hybrimoe.runtime.devices.emulated import EmulatedAccelerator
 from hybrimoe.runtime.slot_budget import (
-    KV_TOKEN,
     SPARE,
     Experts,
     Reserve,
-    kv_bytes,
     reserve,
     slot_count,
 )
@@ -66,7 +63,7 @@ def test_a_real_cache_takes_at_most_what_is_reserved(name):
     states = [getattr(layer, part, None) for layer in layers for part in ("keys", "values")]
     used = sum(state.nbytes for state in states if isinstance(state, torch.Tensor))
 
-    assert 0 < used <= kv_bytes(model, given["input_ids"].numel())
+    assert 0 < used <= cache_bytes(model, given["input_ids"].numel())
 
 
 @torch.no_grad()
@@ -74,19 +71,30 @@ def test_plain_attention_is_counted_to_the_byte(plain):
     ids = torch.arange(20)[None]
     layers = cache_in(plain(ids, use_cache=True)).layers
 
-    assert kv_bytes(plain, 20) == sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+    assert cache_bytes(plain, 20) == sum(
+        layer.keys.nbytes + layer.values.nbytes for layer in layers
+    )
 
 
-def test_windows_count_as_far_as_they_reach_and_an_unknown_model_a_stated_size():
-    model = nn.Linear(1, 1, dtype=torch.bfloat16)
-    text = SimpleNamespace(num_hidden_layers=2, num_attention_heads=4, head_dim=8)
-    model.config = SimpleNamespace(get_text_config=lambda: text)
+@pytest.mark.wide
+@pytest.mark.parametrize("name", families.decorated())
+def test_the_runtime_reserves_what_the_plan_says(name):
+    model = families.build(name)
 
-    assert kv_bytes(model, 1000) == 2 * 1000 * 4 * 16 * 2
-    text.sliding_window, text.layer_types = 100, ["sliding_attention", "full_attention"]
-    assert kv_bytes(model, 1000) == (1000 + 100) * 4 * 16 * 2
-    text.num_hidden_layers = None
-    assert kv_bytes(model, 1000) == 1000 * KV_TOKEN
+    assert cache_bytes(model, 300) == hybrimoe.plan(model, context=300).parts["kv_cache"]
+
+
+def test_compressed_keys_count_compressed():
+    """As the formula of plain attention would have it, DeepSeek-V3 took 71 times as much."""
+    model = families.build("deepseek_v3.DeepseekV3Experts")
+    config = model.config
+    width = config.kv_lora_rank + config.qk_rope_head_dim
+
+    assert cache_bytes(model, 50) <= 2 * config.num_hidden_layers * 50 * width * 4
+
+
+def test_a_model_that_transformers_cannot_build_counts_a_stated_size():
+    assert cache_bytes(nn.Linear(1, 1), 1000) == 1000 * KV_TOKEN
 
 
 # How many slots a budget gives.
@@ -126,7 +134,7 @@ def test_a_budget_below_one_slot_per_layer_is_refused_with_the_numbers():
 def test_without_a_budget_slots_leave_room_for_the_kv_cache(monkeypatch, model, expected):
     slots = {}
     for length in (4096, 8192):
-        capacity = GIB + kv_bytes(model, 4096) + (60 + SPARE) * SLOT
+        capacity = GIB + cache_bytes(model, 4096) + (60 + SPARE) * SLOT
         accelerator = EmulatedAccelerator(capacity)
         assert not wrap_on(monkeypatch, model, accelerator, max_new_tokens=length)[1:]
         slots[length] = model.hybrimoe.stats()["hybrid"]["slots"]
@@ -134,7 +142,7 @@ def test_without_a_budget_slots_leave_room_for_the_kv_cache(monkeypatch, model, 
         hybrimoe.unwrap(model)
 
     assert slots[4096] == 60
-    assert slots[8192] == max(60 - -(-kv_bytes(model, 4096) // SLOT), 0)
+    assert slots[8192] == max(60 - -(-cache_bytes(model, 4096) // SLOT), 0)
 
 
 def test_the_dense_part_is_there_before_what_is_free_is_counted(monkeypatch, model):

@@ -19,6 +19,7 @@ from hybrimoe.config import Config
 from hybrimoe.errors import ConfigError
 from hybrimoe.files import write_atomically
 from hybrimoe.models.adapters import FoundExperts, top_k_of
+from hybrimoe.models.bytes import cache_bytes
 from hybrimoe.models.places import holder_of
 from hybrimoe.models.releases import warn_if_untested
 from hybrimoe.models.routers import seats_of
@@ -46,7 +47,6 @@ from hybrimoe.runtime.devices.open import (
 from hybrimoe.runtime.disk.open import WeightsOf, open_tier
 from hybrimoe.runtime.inputs import Foresight
 from hybrimoe.runtime.pool import ExpertPool
-from hybrimoe.runtime.slot_budget import kv_bytes
 from hybrimoe.simd.threads import usable_cores
 from hybrimoe.sources.packed.linears import StoredLinear
 
@@ -162,9 +162,13 @@ class Runtime:
 
     def share(self, model: nn.Module, accelerator: Accelerator) -> None:
         """From now on, the policies divide the experts between the CPU and an accelerator."""
-        top_k, kv = top_k_of(model), kv_bytes(model, self.config.max_new_tokens)
+        # Only where the accelerator's memory decides: counting takes a second on large models.
+        counts = self.config.vram is None and accelerator.free_bytes() is not None
+        kv = cache_bytes(model, self.config.max_new_tokens) if counts else 0
         cost = cost_of(self.pool, accelerator, self.threads, self.config.deterministic)
-        self.hybrid = Hybrid(self.pool, self.config, accelerator, cost, top_k, self.threads, kv)
+        self.hybrid = Hybrid(
+            self.pool, self.config, accelerator, cost, top_k_of(model), self.threads, kv
+        )
         self.hybrid.intake.watch(seats_of(model, [layer.name for layer in self.layers]))
         for layer in self.layers:
             layer.hybrid = self.hybrid

@@ -9,18 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hybrimoe.errors import UnsupportedModelError
 from hybrimoe.formats.layout import Layout, expert_layout, split
 from hybrimoe.formats.registry import activation_bytes
 from hybrimoe.kernels.cpu.run_layer import LONGEST
 from hybrimoe.models import weights as formats
 from hybrimoe.models.adapters import FoundExperts, find_experts, top_k_of
 from hybrimoe.models.forward import ForwardMemory, forward_memory
+from hybrimoe.models.skeleton import build_skeleton
 
 SLACK = 1.8
 """What a pass takes over the tensors it makes: kernels reorder keys, values and weights into scratch
 of their own, and malloc keeps holes. Measured 1.65 on 4096 tokens, 2 on 2048 of a smaller model."""
 BOOKS_BYTES = 2 << 10
 """What Python keeps of one stored tensor while it loads: names, places, shapes."""
+KV_TOKEN = 256 << 10
+"""Bytes of KV cache per token where nothing tells; Mixtral 8x7B has half."""
 NO_PASS = ForwardMemory(0, 0, True, 0)
 
 
@@ -158,6 +162,19 @@ def footprint_of(
     skeleton = model if skeleton is None else skeleton
     forward = forward_memory(skeleton, find_experts(skeleton), context)
     return replace(counted, context=context, forward=forward)
+
+
+def cache_bytes(model: Any, tokens: int) -> int:
+    """The KV cache of one sequence of so many tokens, as `plan` counts it: traced on a skeleton of the
+    model. A stated size where transformers cannot build one, as for classes it does not know.
+    """
+    if not hasattr(type(model), "_from_config"):
+        return KV_TOKEN * tokens
+    try:
+        skeleton = build_skeleton(model.config, next(model.parameters()).dtype, type(model))
+        return forward_memory(skeleton, find_experts(skeleton), tokens).cache_bytes
+    except UnsupportedModelError:
+        return KV_TOKEN * tokens
 
 
 def footprint_to_load(model: Any, kept: dict[str, Any] | None = None) -> Footprint:

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
-
-import torch
+from typing import NamedTuple
 
 from hybrimoe.errors import ConfigError
-from hybrimoe.models.adapters import text_config
 from hybrimoe.sizes import expert_budget
 
 LEAST_WORKSPACE, MOST_WORKSPACE = 1 << 30, 4 << 30
-KV_TOKEN = 256 << 10
-"""Bytes of KV cache per token where the model's configuration does not tell; Mixtral 8x7B has half."""
 SPARE = 3
 """Slots of the slab besides those of the budget: two that experts pass through, one that stays empty."""
 SHARE = 0.25
@@ -34,35 +29,6 @@ class Reserve:
 
     kv: int
     workspace: int
-
-
-def kv_bytes(model: Any, tokens: int) -> int:
-    """Bytes of the KV cache of so many tokens: an upper bound from the model's configuration, and a
-    guess where it has none.
-
-    Layers with a sliding window count as far as it reaches. Compressed keys count expanded, as some
-    releases of transformers store them; layers that keep a fixed state count like the others.
-    """
-    config, parameter = text_config(model), next(model.parameters(), None)
-    dtype = torch.float32 if parameter is None else parameter.dtype
-    layers, every = (_number(config, n) for n in ("num_hidden_layers", "num_attention_heads"))
-    key, value = _number(config, "qk_head_dim"), _number(config, "v_head_dim")
-    if not key:
-        key = _number(config, "qk_nope_head_dim") + _number(config, "qk_rope_head_dim")
-    heads = every
-    if not key or not value:
-        key = value = _number(config, "head_dim") or _number(config, "hidden_size") // max(every, 1)
-        heads = _number(config, "num_key_value_heads") or every
-    if not (layers and heads and key):
-        return KV_TOKEN * tokens
-    kinds = getattr(config, "layer_types", None) or []
-    sliding = sum("sliding" in kind for kind in kinds[:layers])
-    window = min(_number(config, "sliding_window") or tokens, tokens)
-    # Windows are short, so some models give these layers more and wider heads.
-    wide = _number(config, "swa_num_key_value_heads") or every
-    deep = max(key + value, 2 * _number(config, "swa_head_dim"))
-    elements = (layers - sliding) * tokens * heads * (key + value)
-    return int((elements + sliding * window * wide * deep) * dtype.itemsize)
 
 
 def reserve(free: int, kv: int) -> Reserve:
@@ -93,8 +59,3 @@ def slot_count(
             f"which holds {slots}"
         )
     return min(slots, experts.number)
-
-
-def _number(config: Any, name: str) -> int:
-    value = getattr(config, name, None)
-    return value if isinstance(value, int) else 0
