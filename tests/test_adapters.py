@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 import hybrimoe
 from hybrimoe.errors import UnsupportedModelError
@@ -14,6 +15,7 @@ from hybrimoe.models import adapters
 from hybrimoe.models.gates import find_gate
 from hybrimoe.models.weights import ExpertWeights
 from parity import nmse, violation
+from paths import TINY_MOE
 
 SILU, GELU, GELU_TANH, RELU, RELU2 = range(5)
 LIMITLESS = math.inf
@@ -211,3 +213,17 @@ def test_a_registered_adapter_works_with_quantized_experts(toy, weights, bound):
 def test_a_bad_registration_is_refused(experts_class, function, message):
     with pytest.raises(TypeError, match=message):
         hybrimoe.register_adapter(experts_class, function)
+
+
+@pytest.mark.parametrize("door", ["wrap", "load", "disk", "shared"])
+def test_a_gate_is_looked_for_once_per_layer(monkeypatch, door):
+    seen, find = [], adapters.find_gate
+    monkeypatch.setattr(adapters, "find_gate", lambda module: seen.append(module) or find(module))
+    if door == "load":
+        model = hybrimoe.from_pretrained(TINY_MOE)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(TINY_MOE)
+        settings = {"disk": {"ram": 0.5}, "shared": {"device": "emulated"}}
+        hybrimoe.wrap(model, **settings.get(door, {}))
+
+    assert len(seen) == len({id(module) for module in seen}) == len(model.hybrimoe.layers)

@@ -55,7 +55,7 @@ def _wrap(model: nn.Module, config: Config) -> None:
     found = find_experts(model)
     _check(model, found, config)
     ensure_wrap_fits(model, found, config.weights, config.ram)
-    runtime = Runtime(config, model)
+    runtime = Runtime(config, model, found)
     try:
         runtime.make_room()
         for experts in found:
@@ -139,8 +139,7 @@ def _check(model: nn.Module, found: list[FoundExperts], config: Config) -> None:
                 raise UnsupportedModelError(
                     f"{experts.name} must be on the CPU to be wrapped, it is on {tensor.device}"
                 )
-        described = experts.describe(experts.module)
-        fmt = formats.format_of(config.weights, described.up.dtype)
+        described, fmt = experts.views(), experts.spec.fmt(config.weights)
         biases = [b for b in (described.up_bias, described.down_bias) if b is not None]
         folded = check_adapters(model, experts, fmt)
         formats.check_range(experts.name, fmt, [described.up, described.down, *biases, *folded])

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from hybrimoe.config import Config
     from hybrimoe.memory.text import MemoryPlan
+    from hybrimoe.models.adapters import FoundExperts
     from hybrimoe.runtime.disk.open import WeightsOf
     from hybrimoe.session import Runtime
     from hybrimoe.sources.keeping import Keep
@@ -142,10 +143,12 @@ def make_known() -> None:
     register(_start, _finish)
 
 
-def _start(config: Config, model: nn.Module, weights_of: WeightsOf | None) -> Runtime:
+def _start(
+    config: Config, model: nn.Module, found: list[FoundExperts], weights_of: WeightsOf | None
+) -> Runtime:
     from hybrimoe.session import Runtime
 
-    return Runtime(config, model, weights_of)
+    return Runtime(config, model, found, weights_of)
 
 
 def _finish(runtime: Runtime, model: nn.Module) -> None:

@@ -57,7 +57,11 @@ class Runtime:
     """What `model.hybrimoe` is: the configuration, the pool and the counters of a wrapped model."""
 
     def __init__(
-        self, config: Config, model: nn.Module, weights_of: WeightsOf | None = None
+        self,
+        config: Config,
+        model: nn.Module,
+        found: list[FoundExperts],
+        weights_of: WeightsOf | None = None,
     ) -> None:
         check_device(config)
         warn_if_untested()
@@ -65,7 +69,7 @@ class Runtime:
         self._model = weakref.ref(model)
         self.pool = ExpertPool()
         self.folding = Folding()
-        self.pool.tier = open_tier(config, model, weights_of)
+        self.pool.tier = open_tier(config, model, found, weights_of)
         self.layers: list[PooledExperts] = []
         self.linears: list[PackedLinear] = []
         self.norms: list[FusedNorm] = []

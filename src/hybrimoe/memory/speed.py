@@ -12,7 +12,8 @@ from hybrimoe.calibration.measure import Subject, fingerprint, stand_in
 from hybrimoe.calibration.store import kept
 from hybrimoe.formats.layout import expert_layout, split
 from hybrimoe.formats.registry import FORMATS, named
-from hybrimoe.models.bytes import ExpertShape, Footprint
+from hybrimoe.models.bytes import Footprint
+from hybrimoe.models.spec import ExpertSpec
 from hybrimoe.policy.cost import CostModel
 from hybrimoe.policy.profiles import SHAPES
 from hybrimoe.simd.threads import launch
@@ -99,7 +100,7 @@ def read_share(fmt: str) -> float:
     return min(named(part).read_share for part in split(fmt))
 
 
-def _largest(footprint: Footprint, weights: str) -> ExpertShape:
+def _largest(footprint: Footprint, weights: str) -> ExpertSpec:
     return max(footprint.layers, key=lambda layer: layer.layout(weights).expert_bytes)
 
 

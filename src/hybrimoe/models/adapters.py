@@ -7,6 +7,7 @@ evaluated on a grid and compared with the formulas the kernels have.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from hybrimoe.errors import UnsupportedModelError
+from hybrimoe.formats.gate import Gate
 from hybrimoe.models.gates import find_gate
+from hybrimoe.models.spec import ExpertSpec
 from hybrimoe.models.tuners import inside, is_wrapper
 from hybrimoe.models.weights import ExpertWeights
 
@@ -63,6 +66,29 @@ class FoundExperts:
         """Whether its parameters are those that transformers' experts interface prescribes."""
         return self.describe is _describe
 
+    @functools.cached_property
+    def spec(self) -> ExpertSpec:
+        """What is known of the experts besides their numbers, found when it is first asked for.
+
+        Raises UnsupportedModelError for a gate that is none of the formulas.
+        """
+        views = self.describe(self.module)
+        count, matrices, inner, hidden = views.up.shape
+        tensors = [getattr(self.module, name) for name in views.parameters]
+        native = sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors)
+        shape = count, hidden, inner, matrices == 2, views.up_bias is not None
+        return ExpertSpec(self.name, *shape, views.up.dtype, views.gate, views.parameters, native)
+
+    def views(self) -> ExpertWeights:
+        """Views on what the module's parameters hold now."""
+        return (
+            _views(self.module, self.spec.gate) if self.is_decorated else self.describe(self.module)
+        )
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The module's own parameters behind the views, in the order up, down, biases."""
+        return [getattr(self.module, name) for name in self.spec.parameters]
+
 
 def find_experts(model: nn.Module) -> list[FoundExperts]:
     """All routed experts of a model, in module order; raises UnsupportedModelError if there are none."""
@@ -100,7 +126,12 @@ def _looks_like_experts(module: nn.Module) -> bool:
 
 
 def _describe(module: Any) -> ExpertWeights:
-    """Views on the parameters of a decorated module, from its flags."""
+    """Views on the parameters of a decorated module, and its gate."""
+    return _views(module, find_gate(module))
+
+
+def _views(module: Any, gate: Gate) -> ExpertWeights:
+    """The views alone, from the module's flags."""
     if getattr(module, "_is_expert_parallel", False):
         raise UnsupportedModelError(f"{type(module).__name__} is expert-parallel; load it without")
     names = ["gate_up_proj" if module.has_gate else "up_proj", "down_proj"]
@@ -116,7 +147,7 @@ def _describe(module: Any) -> ExpertWeights:
     return ExpertWeights(
         _split(up, matrices, module.is_concatenated),
         down.detach(),
-        find_gate(module),
+        gate,
         up_bias,
         down_bias,
         module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None,

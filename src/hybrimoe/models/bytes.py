@@ -6,17 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from hybrimoe.errors import UnsupportedModelError
-from hybrimoe.formats.layout import Layout, expert_layout, split
+from hybrimoe.formats.layout import split
 from hybrimoe.formats.registry import activation_bytes
 from hybrimoe.kernels.cpu.run_layer import LONGEST
-from hybrimoe.models import weights as formats
 from hybrimoe.models.adapters import FoundExperts, find_experts, top_k_of
 from hybrimoe.models.forward import ForwardMemory, forward_memory
 from hybrimoe.models.skeleton import build_skeleton
+from hybrimoe.models.spec import ExpertSpec
 
 SLACK = 1.8
 """What a pass takes over the tensors it makes: kernels reorder keys, values and weights into scratch
@@ -29,36 +28,6 @@ NO_PASS = ForwardMemory(0, 0, True, 0)
 
 
 @dataclass(frozen=True)
-class ExpertShape:
-    """The routed experts of one layer. inner: F; native_bytes: as the checkpoint's dtype has them.
-
-    kept: the format that its files prescribe, whatever is asked for; None if they prescribe none.
-    """
-
-    name: str
-    experts: int
-    hidden: int
-    inner: int
-    gated: bool
-    bias: bool
-    dtype: torch.dtype
-    native_bytes: int
-    kept: str | None = None
-
-    def fmt(self, weights: str) -> str:
-        """The blob format of its experts where a `Config.weights` format is asked for."""
-        return formats.format_of(self.kept or weights, self.dtype)
-
-    def layout(self, weights: str) -> Layout:
-        """Where the numbers of one packed expert lie."""
-        return expert_layout(self.fmt(weights), self.hidden, self.inner, self.gated, self.bias)
-
-    def packed_bytes(self, weights: str) -> int:
-        """All experts of the layer in the pool."""
-        return self.experts * self.layout(weights).expert_bytes
-
-
-@dataclass(frozen=True)
 class Footprint:
     """What a model takes; bytes, for one sequence of `context` tokens.
 
@@ -68,7 +37,7 @@ class Footprint:
     are read; else the loader puts the parameters of a layer together first.
     """
 
-    layers: tuple[ExpertShape, ...]
+    layers: tuple[ExpertSpec, ...]
     top_k: int
     dense_bytes: int
     dense_read_bytes: int
@@ -143,7 +112,7 @@ class Footprint:
             held += layer.packed_bytes(weights) - layer.native_bytes
         return most
 
-    def _workspace(self, layer: ExpertShape, weights: str, tokens: int) -> int:
+    def _workspace(self, layer: ExpertSpec, weights: str, tokens: int) -> int:
         layout, k = layer.layout(weights), self.top_k
         up, down = split(layer.fmt(weights))
         x, h = activation_bytes(up, layout.hidden), activation_bytes(down, layout.inner)
@@ -177,30 +146,18 @@ def cache_bytes(model: Any, tokens: int) -> int:
         return KV_TOKEN * tokens
 
 
-def footprint_to_load(model: Any, kept: dict[str, Any] | None = None) -> Footprint:
+def footprint_to_load(
+    model: Any, kept: dict[str, Any] | None = None, found: list[FoundExperts] | None = None
+) -> Footprint:
     """The weights alone, for no tokens: what a load can be judged by, and counted in no time."""
-    found = find_experts(model)
-    layers = tuple(_shape(experts) for experts in found)
-    inside = {id(p) for experts in found for p in _weights(experts)}
+    found = find_experts(model) if found is None else found
+    layers = tuple(experts.spec for experts in found)
+    inside = {id(p) for experts in found for p in experts.parameters()}
     dense = [(n, t) for n, t in _tensors(model) if id(t) not in inside]
     sizes = {id(t): _bytes(name, t, kept or {}) for name, t in dense}
     everything = sum(sizes.values())
     read = everything - sum(sizes.get(id(t), 0) for t in _looked_up(model))
     return Footprint(layers, top_k_of(model), everything, read, 0, NO_PASS)
-
-
-def _shape(experts: FoundExperts) -> ExpertShape:
-    described = experts.describe(experts.module)
-    count, matrices, inner, hidden = described.up.shape
-    native = sum(p.numel() * p.dtype.itemsize for p in _weights(experts))
-    bias = described.up_bias is not None
-    dtype = described.up.dtype
-    return ExpertShape(experts.name, count, hidden, inner, matrices == 2, bias, dtype, native)
-
-
-def _weights(experts: FoundExperts) -> list[Tensor]:
-    names = experts.describe(experts.module).parameters
-    return [getattr(experts.module, name) for name in names]
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:

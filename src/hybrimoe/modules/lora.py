@@ -283,7 +283,7 @@ def check_adapters(model: nn.Module, found: FoundExperts, fmt: str) -> list[Tens
     Raises UnsupportedModelError for adapters that are no low-rank deltas.
     """
     tuners.check_around(model, found.name, found.module)
-    parameters = found.describe(found.module).parameters
+    parameters = found.spec.parameters
     wrappers = tuners.wrappers_of(found.parent._modules[found.attribute])
     for wrapper in wrappers:
         tuners.check_wrapper(wrapper, found.name, parameters)

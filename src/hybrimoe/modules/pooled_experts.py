@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hybrimoe.formats.layout import expert_layout
 from hybrimoe.kernels.cpu.run_layer import BlankPairsError, PackedLayer, check_arguments, run_layer
 from hybrimoe.models import weights as formats
 from hybrimoe.models.adapters import FoundExperts
 from hybrimoe.models.pairs import check_kinds, each_alone, without_blanks
 from hybrimoe.models.places import exchange
+from hybrimoe.models.spec import ExpertSpec
 from hybrimoe.models.weights import ExpertWeights
 from hybrimoe.modules import compile_ops as opaque
 from hybrimoe.modules.frozen import refuse_training
@@ -42,7 +42,7 @@ class PooledExperts(Rooted):
         self, found: FoundExperts, weights: str, pool: ExpertPool, threads: int, stats: Stats
     ) -> None:
         super().__init__()
-        described = found.describe(found.module)
+        described, spec = found.views(), found.spec
         self.name, self.threads, self.stats, self.pool = found.name, threads, stats, pool
         self.post_norm = described.post_norm
         self.hybrid: Hybrid | None = None  # who shares the work with an accelerator, if anyone
@@ -55,21 +55,21 @@ class PooledExperts(Rooted):
         self.__dict__["found"] = found
         self.borrowing = threading.Lock()
         self.number = opaque.register(self)
-        self.shapes = {name: getattr(found.module, name).shape for name in described.parameters}
-        self.dtype = described.up.dtype
+        self.shapes = {name: getattr(found.module, name).shape for name in spec.parameters}
+        self.dtype = spec.dtype
         self.packed_names = tuple(self.shapes)
         self.packed_numbers = sum(shape.numel() for shape in self.shapes.values())
         self.native_bytes = self.packed_numbers * self.dtype.itemsize
         # On the meta device there is nothing to pack yet: who loads the model fills the blobs.
         self.is_filled = not described.up.is_meta
-        self.is_lossless = formats.is_lossless(formats.format_of(weights, self.dtype))
+        self.is_lossless = formats.is_lossless(spec.fmt(weights))
         self.stand_ins: dict[str, StandIn] = {}
         self.adapters = LayerAdapters(self, found)
         if self.is_filled:
             folded = self.adapters.at_first()
-            layer = pack_layer(weights, self.described(folded) if folded else described)
+            layer = pack_layer(spec, weights, self.described(folded) if folded else described)
         else:
-            layer = reserve(weights, described)
+            layer = reserve(spec, weights)
         self.index = pool.add(layer)
         if self.is_filled:
             self.seal()
@@ -217,7 +217,7 @@ class PooledExperts(Rooted):
     def described(self, tensors: dict[str, Tensor]) -> ExpertWeights:
         """`ExpertWeights` views on other tensors of the original's shapes."""
         with self.borrowing, _Borrowed(self.original, tensors):
-            return self.found.describe(self.original)
+            return self.found.views()
 
     def _call_original(
         self, tensors: dict[str, Tensor], hidden: Tensor, ids: Tensor, weights: Tensor
@@ -319,20 +319,18 @@ class _Differentiable(torch.autograd.Function):
         return None, to_hidden, None, to_weights
 
 
-def pack_layer(weights: str, described: ExpertWeights) -> PackedLayer:
+def pack_layer(spec: ExpertSpec, weights: str, described: ExpertWeights) -> PackedLayer:
     """Pack the experts of one layer into memory of their own."""
-    layer = reserve(weights, described)
+    layer = reserve(spec, weights)
     formats.pack(layer.fmt, layer.layout, described, layer.blobs)
     return layer
 
 
-def reserve(weights: str, described: ExpertWeights) -> PackedLayer:
+def reserve(spec: ExpertSpec, weights: str) -> PackedLayer:
     """Memory for the experts of one layer, all zero."""
-    experts, matrices, inner, hidden = described.up.shape
-    fmt = formats.format_of(weights, described.up.dtype)
-    layout = expert_layout(fmt, hidden, inner, matrices == 2, described.up_bias is not None)
-    blobs = allocate_blobs(experts, layout)
-    return PackedLayer(fmt, layout, described.gate, hidden, blobs)
+    layout = spec.layout(weights)
+    blobs = allocate_blobs(spec.experts, layout)
+    return PackedLayer(spec.fmt(weights), layout, spec.gate, spec.hidden, blobs)
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:

@@ -198,8 +198,8 @@ def _sizes(experts: FoundExperts, module: nn.Module) -> tuple[int, int, int, int
     if isinstance(module, PooledExperts):
         packed = module.packed
         return len(packed.blobs), packed.layout.matrices, packed.layout.inner, packed.hidden
-    count, matrices, inner, hidden = experts.describe(module).up.shape
-    return count, matrices, inner, hidden
+    spec = experts.spec
+    return spec.experts, 2 if spec.gated else 1, spec.inner, spec.hidden
 
 
 def _experts(model: nn.Module) -> list[tuple[FoundExperts, nn.Module]]:

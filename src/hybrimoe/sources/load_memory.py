@@ -18,8 +18,7 @@ from hybrimoe.models.bytes import Footprint, footprint_to_load
 from hybrimoe.models.skeleton import kept_dtypes, packs_on_arrival
 from hybrimoe.models.tuners import wrappers_of
 from hybrimoe.runtime.disk.file import padded
-from hybrimoe.runtime.disk.open import shape_of
-from hybrimoe.runtime.disk.sizes import TierSizes, tier_sizes
+from hybrimoe.runtime.disk.sizes import TierSizes, packed_sizes, tier_sizes
 
 Size = int | float | str | None
 MIB = 1 << 20
@@ -33,6 +32,7 @@ def ensure_fits(
     stored: int = 0,
     kept: Callable[[str], str | None] | None = None,
     beside: int = 0,
+    found: list[FoundExperts] | None = None,
 ) -> None:
     """Raise InsufficientMemoryError, before any is taken, if the load cannot fit into host memory.
 
@@ -40,9 +40,9 @@ def ensure_fits(
     that holds and one packed layer), the dense weights, and what the loader needs besides.
     files: those that transformers maps. stored: tensors of the checkpoint. kept: the format of the
     experts of a name, where they come from files of their own, which prescribe it. beside: bytes that
-    are not in the model's parameters, such as packed dense layers.
+    are not in the model's parameters, such as packed dense layers. found: its experts, if known.
     """
-    footprint = footprint_to_load(model, kept_dtypes(model, model.dtype))
+    footprint = footprint_to_load(model, kept_dtypes(model, model.dtype), found)
     streams = kept is not None or packs_on_arrival(model)
     dense = footprint.dense_bytes - _tied_later(model) + beside
     footprint = replace(footprint, dense_bytes=dense, stored=stored, streams=streams)
@@ -139,8 +139,8 @@ def _on_disk(footprint: Footprint, weights: str, room: int) -> str:
 
 def _to_wrap(found: list[FoundExperts], weights: str) -> list[tuple[int, int, int]]:
     """Of each layer: its experts, the bytes of a packed one, and the bytes it gives back."""
-    given = [sum(tensor.nbytes for tensor in _parameters(item)) for item in found]
-    return [(*shape_of(item, weights), own) for item, own in zip(found, given)]
+    given = [sum(tensor.nbytes for tensor in item.parameters()) for item in found]
+    return [(*packed_sizes(item.spec, weights), own) for item, own in zip(found, given)]
 
 
 def _wrap_peak(layers: list[tuple[int, int, int]], slots: float) -> int:
@@ -161,13 +161,9 @@ def _slots_left(layers: list[tuple[int, int, int]], room: int) -> int:
 
 
 def _sizes(footprint: Footprint, weights: str, ram: int | float | str) -> TierSizes | None:
-    layers = [(layer.experts, layer.layout(weights).expert_bytes) for layer in footprint.layers]
+    layers = [packed_sizes(layer, weights) for layer in footprint.layers]
     return tier_sizes(ram, layers, footprint.top_k)
 
 
 def _has_adapters(item: FoundExperts) -> bool:
     return bool(wrappers_of(item.parent._modules[item.attribute]))
-
-
-def _parameters(item: FoundExperts) -> list[torch.Tensor]:
-    return [getattr(item.module, name) for name in item.describe(item.module).parameters]

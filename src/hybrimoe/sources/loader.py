@@ -82,7 +82,7 @@ class Source(Protocol):
         """Take back from the loaded model what only the loading needed."""
 
 
-Start = Callable[[Config, nn.Module, WeightsOf | None], Session]
+Start = Callable[[Config, nn.Module, list[FoundExperts], WeightsOf | None], Session]
 Finish = Callable[[Any, nn.Module], None]
 
 
@@ -91,8 +91,8 @@ def register(start: Start, finish: Finish) -> None:
 
     Takes the place of what `import hybrimoe` put there to wait for it.
 
-    start: makes the runtime of a model without weights, given the formats that files prescribe, if
-    any. finish: completes it when all are there.
+    start: makes the runtime of a model without weights, given its experts and the formats that files
+    prescribe, if any. finish: completes it when all are there.
     """
     if not isinstance(AUTO_QUANTIZER_MAPPING.get(METHOD), type):
         faces = {"start": staticmethod(start), "finish": staticmethod(finish)}
@@ -190,8 +190,8 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
             kept = None if self.packed is None else self.packed.weights_of
             budget = self.config.weights, self.config.ram
             beside = sum(linear.blob.nbytes for linear in self.linears)
-            ensure_fits(model, *budget, checkpoint_files or (), stored, kept, beside)
-            self.session = self.start(self.config, model, kept)
+            ensure_fits(model, *budget, checkpoint_files or (), stored, kept, beside, found)
+            self.session = self.start(self.config, model, found, kept)
             if self.packed is None or not self.packed.keeps_files:
                 self.session.make_room()
             for experts in found:

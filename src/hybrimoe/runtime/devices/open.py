@@ -11,7 +11,7 @@ from hybrimoe.models.adapters import FoundExperts
 from hybrimoe.runtime.devices.base import Accelerator
 from hybrimoe.runtime.devices.cuda import TorchAccelerator
 from hybrimoe.runtime.devices.emulated import EmulatedAccelerator
-from hybrimoe.runtime.disk.open import shape_of
+from hybrimoe.runtime.disk.sizes import packed_sizes
 from hybrimoe.runtime.slot_budget import Experts, Reserve, slot_count
 
 
@@ -31,7 +31,7 @@ def check_room(found: list[FoundExperts], config: Config) -> None:
     """Raise ConfigError for a `vram` that does not hold one expert per layer."""
     if config.vram is None or not has_accelerator(config):
         return
-    shapes = [shape_of(experts, config.weights) for experts in found]
+    shapes = [packed_sizes(experts.spec, config.weights) for experts in found]
     number, largest = sum(n for n, _ in shapes), max(size for _, size in shapes)
     slot_count(config.vram, Experts(number, len(shapes), largest), None, Reserve(0, 0))
 

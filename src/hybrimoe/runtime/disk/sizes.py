@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from hybrimoe.errors import ConfigError
+from hybrimoe.models.spec import ExpertSpec
 from hybrimoe.runtime.disk.file import padded
 from hybrimoe.sizes import parse_size
 
@@ -25,6 +26,11 @@ class TierSizes(NamedTuple):
     def file_bytes(self) -> int:
         """What all experts take in a file of whole pages."""
         return sum(n * padded(size) for n, size in zip(self.experts, self.expert_bytes))
+
+
+def packed_sizes(spec: ExpertSpec, weights: str) -> tuple[int, int]:
+    """How many experts a layer has, and the bytes of one when it is packed."""
+    return spec.experts, spec.layout(weights).expert_bytes
 
 
 def tier_sizes(
