@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, DeepseekV2Config, Qwen3MoeConfig
 
 import hybrimoe
 from hybrimoe import session
+from hybrimoe.attempts import Attempts
 from hybrimoe.models.releases import cache_argument, cache_in
 
 TEMPLATE = 16_777_213  # a prime: no two rows begin at the same place
@@ -112,8 +113,7 @@ def _tile(target: torch.Tensor, source: torch.Tensor, at: int) -> int:
 def reshare(model: nn.Module, **settings: Any) -> None:
     """Other policies or slots for a wrapped model, without packing its experts again."""
     runtime = model.hybrimoe
-    runtime.hybrid.close()
-    runtime.hybrid.intake.close()
+    runtime.hybrid.detach(Attempts())
     for layer in runtime.layers:
         if layer.early is not None:
             layer.early.remove()

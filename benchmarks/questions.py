@@ -20,7 +20,7 @@ from hybrimoe.policy.plan import Plan, place_shards
 from hybrimoe.policy.prefetchers import Never
 from hybrimoe.policy.presets import PRESETS
 from hybrimoe.policy.profiles import PROFILES
-from hybrimoe.policy.rankings import MRS, Books, Ranking
+from hybrimoe.policy.rankings import MRS, Ranking, UsageStats
 from hybrimoe.policy.routing import Load
 from hybrimoe.policy.schedulers import Scheduler, Split
 from hybrimoe.policy.timeline import Timeline
@@ -45,12 +45,12 @@ class CostAware(Ranking):
     fixed: float = 1.0
     token: float = 0.0
 
-    def observe(self, books: Books, load: Load) -> None:
+    def observe(self, books: UsageStats, load: Load) -> None:
         seconds = np.zeros(books.score.shape[1])
         seconds[load.experts] = self.fixed + self.token * load.tokens
         books.score[load.layer] += self.alpha * (seconds - books.score[load.layer])
 
-    def worth(self, books: Books) -> np.ndarray:
+    def worth(self, books: UsageStats) -> np.ndarray:
         return books.score
 
 

@@ -197,13 +197,13 @@ def test_nobody_is_asked_about_a_layer_that_is_all_there_or_not_there_at_all(tie
 
 def test_a_held_slot_is_never_evicted(tier):
     found, disk = tier(3)
-    blob, slot = found.lend(0, 5)
+    blob, slot = found.borrow(0, 5)
     for layer, ids in routings(20):
         job = make_job(disk, layer, ids)
         found.run(job)
         assert np.array_equal(job.out, in_ram(disk, job))
         assert np.array_equal(blob[: disk.blobs[0].shape[1]], disk.blobs[0][5])
-    found.give_back(slot)
+    found.release(slot)
 
 
 def race(found, disk, seconds=2.0):
@@ -219,12 +219,12 @@ def race(found, disk, seconds=2.0):
                 found.run(job)
                 wrong.append(not np.array_equal(job.out, in_ram(disk, job)))
             else:
-                blob, slot = found.lend(layer, ids[0])
+                blob, slot = found.borrow(layer, ids[0])
                 os.sched_yield()
                 wrong.append(
                     not np.array_equal(blob[: disk.blobs[0].shape[1]], disk.blobs[layer][ids[0]])
                 )
-                found.give_back(slot)
+                found.release(slot)
 
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
@@ -246,7 +246,7 @@ def test_without_the_hold_slots_would_be_taken_away(tier, monkeypatch):
     found, disk = tier(3)
     monkeypatch.setattr(Cache, "hold", lambda self, layer, experts: self.slot[layer, experts])
     monkeypatch.setattr(Cache, "release", lambda self, slots: None)
-    blob, _ = found.lend(0, 5)
+    blob, _ = found.borrow(0, 5)
     for layer, ids in routings(20):
         found.run(make_job(disk, layer, ids))
 
@@ -264,13 +264,13 @@ def test_without_waiting_for_reads_the_output_would_be_another(tier, monkeypatch
 
 def test_where_all_slots_are_lent_room_is_asked_for(tier):
     found, disk = tier(2)
-    lent = [found.lend(0, 0)[1], found.lend(0, 1)[1]]
+    lent = [found.borrow(0, 0)[1], found.lend(0, 1)[1]]
     with pytest.raises(PolicyError, match="all 2 slots"):
         found.run(make_job(disk, 1, [[2, 3]]))
 
     def make_room():
         if lent:
-            found.give_back(lent.pop())
+            found.release(lent.pop())
             return True
         return False
 
@@ -457,17 +457,17 @@ class TierMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: len(self.lent) < 3)
     @rule(layer=layers, expert=st.integers(0, EXPERTS - 1))
-    def lend(self, layer, expert):
+    def borrow(self, layer, expert):
         found = None
         while found is None:  # which read meets an injected fault depends on the reader's thread
             with contextlib.suppress(DiskReadError):
-                found = self.tier.lend(layer, expert)
+                found = self.tier.borrow(layer, expert)
         self.lent.append((layer, expert, *found))
 
     @precondition(lambda self: self.lent)
     @rule(at=st.integers(0, 2))
     def give_back(self, at):
-        self.tier.give_back(self.lent.pop(at % len(self.lent))[3])
+        self.tier.release(self.lent.pop(at % len(self.lent))[3])
 
     @rule(layer=layers, experts=st.lists(st.integers(0, EXPERTS - 1), unique=True))
     def want(self, layer, experts):

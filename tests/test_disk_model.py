@@ -171,9 +171,9 @@ def test_a_checkpoint_is_packed_onto_the_disk_and_can_be_saved_from_there(tmp_pa
 
 def test_on_the_cpu_the_next_router_says_what_to_read(expected):
     model = hybrimoe.wrap(load(), device="cpu", ram=0.25)
-    seen, foresight = [], model.hybrimoe.layers[0].foresight
-    real = foresight.forecasts
-    foresight.forecasts = lambda *arguments: seen.extend(real(*arguments)) or seen[-1:]
+    seen, lookahead = [], model.hybrimoe.layers[0].lookahead
+    real = lookahead.forecasts
+    lookahead.forecasts = lambda *arguments: seen.extend(real(*arguments)) or seen[-1:]
 
     assert same(answer(model), expected(device="cpu"))
     assert {found.layer for found in seen} == {1, 2}
@@ -183,13 +183,13 @@ def test_on_the_cpu_the_next_router_says_what_to_read(expected):
 
 def test_routers_keep_nothing_of_a_call_and_lose_their_hooks(expected):
     model = hybrimoe.wrap(load(), device="cpu", ram=0.25)
-    seats = model.hybrimoe.layers[0].foresight.seats
+    probes = model.hybrimoe.layers[0].lookahead.probes
     answer(model)
-    assert all(seat._seen.args == () and seat._seen.output is None for seat in seats)
-    assert any(seat.router._forward_hooks for seat in seats)
+    assert all(probe._seen.args == () and probe._seen.output is None for probe in probes)
+    assert any(probe.router._forward_hooks for probe in probes)
 
     hybrimoe.unwrap(model)
-    assert not any(seat.router._forward_hooks for seat in seats)
+    assert not any(probe.router._forward_hooks for probe in probes)
 
 
 def test_a_model_on_disk_compiles_as_one_graph_with_equal_output():

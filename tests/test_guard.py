@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import hybrimoe
 from hybrimoe import session
 from hybrimoe.policy.cache import Cache
-from hybrimoe.policy.contest import CHOSEN, Guard, Trial, kind_of
+from hybrimoe.policy.contest import CHOSEN, Guard, ModeTrial, kind_of
 from hybrimoe.policy.cost import CostModel
 from hybrimoe.policy.engine import Engine
 from hybrimoe.policy.prediction import SimExecutor
@@ -21,14 +21,14 @@ from hybrimoe.runtime.devices.emulated import EmulatedAccelerator
 from paths import TINY_MOE
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
-QUICK = Trial(warm_up=2, rounds=3, period=20)
+QUICK = ModeTrial(warm_up=2, rounds=3, period=20)
 
 
 def cost() -> CostModel:
     return profile("desktop").cost(shape("mixtral-8x7b"))
 
 
-def guard_of(trial: Trial = QUICK) -> Guard:
+def guard_of(trial: ModeTrial = QUICK) -> Guard:
     policies = preset("hybrimoe")
     cache = Cache(policies.ranking, 6, LAYERS, EXPERTS, TOP_K)
     cache.fill()
@@ -59,7 +59,7 @@ ALIKE = {"resident": 1.0, "accelerator": 1.0, "cpu": 1.0}
 
 
 def test_pure_modes_run_only_after_the_warm_up_and_take_turns():
-    guard = guard_of(Trial(warm_up=2, rounds=3, far=1e9, hopeless=1e9))
+    guard = guard_of(ModeTrial(warm_up=2, rounds=3, drop_above=1e9, skip_above=1e9))
     modes = passes(guard, {CHOSEN: 1.0, **ALIKE}, 2 + 4 * 3)
     assert modes[:2] == [CHOSEN] * 2
     assert modes[2:] == [CHOSEN, "resident", "accelerator", "cpu"] * 3
@@ -71,9 +71,9 @@ def test_a_tie_goes_to_the_hybrid():
 
 
 def test_a_pure_mode_wins_by_more_than_the_margin():
-    guard = guard_of(Trial(warm_up=2, rounds=3, far=1e9, hopeless=1e9))
+    guard = guard_of(ModeTrial(warm_up=2, rounds=3, drop_above=1e9, skip_above=1e9))
     assert passes(guard, {CHOSEN: 1.0, **ALIKE, "cpu": 0.98}, 20)[-1] == CHOSEN
-    guard = guard_of(Trial(warm_up=2, rounds=3, far=1e9, hopeless=1e9))
+    guard = guard_of(ModeTrial(warm_up=2, rounds=3, drop_above=1e9, skip_above=1e9))
     assert passes(guard, {CHOSEN: 1.0, **ALIKE, "cpu": 0.9}, 20)[-1] == "cpu"
     found = guard.to_dict()["decode"]
     assert found["chosen"] == "cpu"
@@ -88,27 +88,27 @@ def test_one_slow_pass_does_not_decide():
 
 
 def test_what_the_cost_model_rules_out_is_not_tried():
-    guard = guard_of(Trial(warm_up=2, rounds=3, hopeless=1.5))
+    guard = guard_of(ModeTrial(warm_up=2, rounds=3, skip_above=1.5))
     modes = passes(guard, {CHOSEN: 1.0, **ALIKE}, 20)
     assert "accelerator" not in modes  # every expert over the link, token after token
     assert "cpu" in modes
 
 
 def test_what_is_far_behind_after_one_round_drops_out():
-    guard = guard_of(Trial(warm_up=2, rounds=3, hopeless=1e9))
+    guard = guard_of(ModeTrial(warm_up=2, rounds=3, skip_above=1e9))
     modes = passes(guard, {CHOSEN: 1.0, **ALIKE, "cpu": 2.0}, 20)
     assert modes.count("cpu") == 1
     assert modes.count("resident") == 3
 
 
 def test_the_question_is_asked_again_and_the_answer_may_change():
-    guard = guard_of(Trial(warm_up=2, rounds=3, far=1e9, hopeless=1e9, period=5))
+    guard = guard_of(ModeTrial(warm_up=2, rounds=3, drop_above=1e9, skip_above=1e9, period=5))
     assert passes(guard, {CHOSEN: 1.0, **ALIKE, "cpu": 0.5}, 15)[-1] == "cpu"
     assert passes(guard, {CHOSEN: 1.0, **ALIKE, "cpu": 2.0}, 20)[-1] == CHOSEN
 
 
 def test_decode_and_prefill_are_judged_apart():
-    guard = guard_of(Trial(warm_up=2, rounds=3, far=1e9, hopeless=1e9))
+    guard = guard_of(ModeTrial(warm_up=2, rounds=3, drop_above=1e9, skip_above=1e9))
     passes(guard, {CHOSEN: 1.0, **ALIKE, "cpu": 0.5}, 16)
     assert passes(guard, {CHOSEN: 1.0, **ALIKE}, 1, tokens=500) == [CHOSEN]
     assert guard.to_dict()[kind_of(500, False)]["chosen"] == CHOSEN
@@ -116,7 +116,7 @@ def test_decode_and_prefill_are_judged_apart():
 
 def test_short_and_long_prompts_are_judged_apart():
     """A token of a long prompt takes a fraction of the time: compared, the mode it ran in would win."""
-    guard = guard_of(Trial(warm_up=2, rounds=2, far=1e9, hopeless=1e9))
+    guard = guard_of(ModeTrial(warm_up=2, rounds=2, drop_above=1e9, skip_above=1e9))
     seconds = {CHOSEN: 1.0, **dict.fromkeys(ALIKE, 1.5)}
     for _ in range(12):  # in turn, so that every second mode would be seen on long prompts only
         passes(guard, seconds, 1, tokens=30)
@@ -134,7 +134,7 @@ def test_every_number_of_tokens_is_of_one_kind():
 
 
 def test_a_large_batch_of_decode_is_no_prompt():
-    guard = guard_of(Trial(warm_up=2, rounds=3, far=1e9, hopeless=1e9))
+    guard = guard_of(ModeTrial(warm_up=2, rounds=3, drop_above=1e9, skip_above=1e9))
     for now in range(20):
         guard.begin(float(now), 32, is_decode=True)
         guard.end(now + 0.5)
@@ -143,7 +143,7 @@ def test_a_large_batch_of_decode_is_no_prompt():
 
 
 def test_a_pass_without_an_end_does_not_count():
-    guard = guard_of(Trial(warm_up=2, rounds=3, far=1e9, hopeless=1e9))
+    guard = guard_of(ModeTrial(warm_up=2, rounds=3, drop_above=1e9, skip_above=1e9))
     for _ in range(50):
         guard.begin(0.0, 1, is_decode=True)
     assert not guard.to_dict()["decode"]["compared_ms"]

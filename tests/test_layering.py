@@ -11,7 +11,7 @@ import hybrimoe
 
 SOURCE = Path(hybrimoe.__file__).parent
 ORDER = (
-    *("errors", "version", "choices", "files", "sizes", "limits", "attempts", "hub"),
+    *("errors", "version", "choices", "files", "sizes", "limits", "attempts", "attachments", "hub"),
     *("simd", "formats", "policy", "kernels", "config", "models", "runtime", "modules"),
     *("calibration", "sources", "simulation", "memory", "report", "session", "pretrained", "api"),
     *("__init__", "cli", "__main__"),
@@ -95,7 +95,7 @@ def test_cpu_kernels_and_policies_know_no_torch(module):
     assert {name for name in names if inside(name, (*TORCHLESS, *TENSORS))} == set()
 
 
-@pytest.mark.parametrize("module", [f"hybrimoe.{name}" for name in ORDER[:8]] + ["hybrimoe.config"])
+@pytest.mark.parametrize("module", [f"hybrimoe.{name}" for name in ORDER[:9]] + ["hybrimoe.config"])
 def test_the_ground_knows_nothing_of_models(module):
     names = imports(MODULES[module])
 

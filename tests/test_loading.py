@@ -38,11 +38,9 @@ from hybrimoe.errors import (
 )
 from hybrimoe.formats.layout import expert_layout
 from hybrimoe.limits import MARGIN, HostMemory
-from hybrimoe.models import bytes as footprint
 from hybrimoe.models.adapters import find_experts
-from hybrimoe.runtime.disk import open as tiers
 from hybrimoe.sources import load_memory
-from hybrimoe.sources.sink import Arrivals
+from hybrimoe.sources.sink import ExpertSink
 from paths import TINY_MOE
 
 LOSSY = "ignore:the experts were stored as"
@@ -119,7 +117,7 @@ def test_every_family_loads_bit_equal(name, tmp_path):
 
 def test_per_expert_tensors_are_read_a_few_at_a_time_and_never_merged(monkeypatch, small):
     shapes, merged = [], []
-    stream, accept = Arrivals.stream, Arrivals.accept
+    stream, accept = ExpertSink.stream, ExpertSink.accept
 
     def watched(self, name, fill):
         def seen(out, first):
@@ -128,8 +126,8 @@ def test_per_expert_tensors_are_read_a_few_at_a_time_and_never_merged(monkeypatc
 
         stream(self, name, seen)
 
-    monkeypatch.setattr(Arrivals, "stream", watched)
-    monkeypatch.setattr(Arrivals, "accept", lambda *a: (merged.append(a[1]), accept(*a)))
+    monkeypatch.setattr(ExpertSink, "stream", watched)
+    monkeypatch.setattr(ExpertSink, "accept", lambda *a: (merged.append(a[1]), accept(*a)))
     monkeypatch.setattr("hybrimoe.models.bytes.STAGING_BYTES", 3 * 2 * 32 * 64 * 2)
     loaded = hybrimoe.from_pretrained(small, weights="native")
 
@@ -381,8 +379,7 @@ def taken(monkeypatch) -> list:
 def enlarge(monkeypatch, free: int) -> None:
     """Experts of GiB, and so many bytes of memory besides the margin."""
     monkeypatch.setattr(load_memory, "host_memory", lambda **_: HostMemory(free + MARGIN, "a test"))
-    monkeypatch.setattr(footprint, "expert_layout", enormous)
-    monkeypatch.setattr(tiers, "expert_layout", enormous)
+    monkeypatch.setattr("hybrimoe.models.spec.expert_layout", enormous)
 
 
 def enormous(fmt, *shape):
@@ -559,7 +556,7 @@ def edit(path: Path, **changes) -> None:
 
 @pytest.mark.parametrize("door", DOORS)
 def test_an_interrupted_load_leaves_nothing_behind(door, monkeypatch, tokenizer):
-    references, stream = [], Arrivals.stream
+    references, stream = [], ExpertSink.stream
 
     def interrupted(self, name, fill):
         references.append(weakref.ref(self.layers[0].pool))
@@ -568,7 +565,7 @@ def test_an_interrupted_load_leaves_nothing_behind(door, monkeypatch, tokenizer)
         stream(self, name, fill)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Arrivals, "stream", interrupted)
+        patch.setattr(ExpertSink, "stream", interrupted)
         with pytest.raises(KeyboardInterrupt):
             DOORS[door](TINY_MOE, weights="int4")
     gc.collect()
@@ -619,9 +616,9 @@ print(json.dumps({
 
 INTERRUPTED = """
 import gc, signal
-from hybrimoe.sources.sink import Arrivals
+from hybrimoe.sources.sink import ExpertSink
 
-pack, count = Arrivals._pack, []
+pack, count = ExpertSink._pack, []
 
 def ask_to_be_interrupted(self, *arguments):
     count.append(None)
@@ -632,11 +629,11 @@ def ask_to_be_interrupted(self, *arguments):
     pack(self, *arguments)
 
 before = set(os.listdir(sys.argv[2])), set(os.listdir("/proc/self/fd"))
-Arrivals._pack = ask_to_be_interrupted
+ExpertSink._pack = ask_to_be_interrupted
 try:
     hybrimoe.from_pretrained(sys.argv[1], weights="int4", **json.loads(sys.argv[3]))
 except KeyboardInterrupt:
-    Arrivals._pack = pack
+    ExpertSink._pack = pack
 gc.collect()
 maps = Path("/proc/self/maps").read_text()
 threads = [thread.name for thread in threading.enumerate() if thread.name != "MainThread"]
@@ -741,7 +738,7 @@ def test_a_file_that_shrinks_after_the_load_does_not_kill_the_process(checkpoint
 
 
 def test_a_file_that_shrinks_during_the_load_is_a_typed_error(checkpoint, monkeypatch):
-    stream, calls = Arrivals.stream, []
+    stream, calls = ExpertSink.stream, []
 
     def cut(self, name, fill):
         calls.append(name)
@@ -750,7 +747,7 @@ def test_a_file_that_shrinks_during_the_load_is_a_typed_error(checkpoint, monkey
                 file.truncate(1 << 20)
         stream(self, name, fill)
 
-    monkeypatch.setattr(Arrivals, "stream", cut)
+    monkeypatch.setattr(ExpertSink, "stream", cut)
     with pytest.raises(CheckpointError, match="shorter since it was checked"):
         hybrimoe.from_pretrained(checkpoint)
 

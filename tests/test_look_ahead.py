@@ -19,7 +19,7 @@ from hybrimoe.models.releases import cache_argument, cache_in
 from hybrimoe.modules.pooled_experts import PooledExperts
 from hybrimoe.policy.engine import Engine
 from hybrimoe.policy.prefetchers import Never, NextLayer
-from hybrimoe.runtime import inputs as intake
+from hybrimoe.runtime import inputs as inputs
 from hybrimoe.runtime.devices.cuda import TorchAccelerator
 from hybrimoe.runtime.devices.emulated import EmulatedAccelerator
 from hybrimoe.runtime.devices.staging import Staging
@@ -149,8 +149,8 @@ def test_the_norm_before_the_router_is_found_and_scales_exactly(name):
     model = families.build(full)
     hybrimoe.wrap(model, device="emulated", vram=1.0)
     families.logits(model, families.inputs(full, model))
-    seats = model.hybrimoe.hybrid.intake.seats
-    first, last = seats[0].norm, seats[-1].norm
+    probes = model.hybrimoe.hybrid.inputs.probes
+    first, last = probes[0].norm, probes[-1].norm
     assert first.module is not None
     assert not first.searching
     x = torch.randn(5, 64)
@@ -217,15 +217,15 @@ def test_nothing_of_a_call_is_kept_alive(tiny, held_out):
         tiny(held_out[0])
 
     hybrid = tiny.hybrimoe.hybrid
-    for seat in hybrid.intake.seats:
-        assert (seat._seen.args, seat._seen.output, seat.norm._outputs) == ((), None, [])
+    for probe in hybrid.inputs.probes:
+        assert (probe._seen.args, probe._seen.output, probe.norm._outputs) == ((), None, [])
     assert (hybrid.executor.call, hybrid.executor.out) == (None, None)
 
 
 @pytest.mark.parametrize("settings", [{"prefetcher": Never(), "vram": 0.25}, {"vram": 1.0}])
 def test_nobody_is_asked_for_what_could_not_be_used(monkeypatch, tiny, held_out, settings):
     asked = []
-    monkeypatch.setattr(intake, "look_ahead", lambda *args: asked.append(args) or [])
+    monkeypatch.setattr(inputs, "look_ahead", lambda *args: asked.append(args) or [])
     hybrimoe.wrap(tiny, device="emulated", **settings)
     with torch.no_grad():
         tiny(held_out[0])
@@ -270,19 +270,19 @@ def test_where_no_router_shows_itself_the_tables_of_ids_forecast(monkeypatch, he
 
 def test_a_router_called_by_another_thread_is_not_this_ones(tiny):
     hybrimoe.wrap(tiny, device="emulated", vram=0.25)
-    router, seat = tiny.model.layers[0].mlp.gate, tiny.hybrimoe.hybrid.intake.seats[0]
+    router, probe = tiny.model.layers[0].mlp.gate, tiny.hybrimoe.hybrid.inputs.probes[0]
     with torch.no_grad():
         logits, _, ids = router(torch.randn(3, 192))
         with ThreadPoolExecutor(1) as pool:
             pool.submit(router, torch.randn(3, 192)).result()
 
-    assert torch.equal(seat.take(ids, 32)[1], logits)
+    assert torch.equal(probe.take(ids, 32)[1], logits)
 
 
 def test_results_that_nobody_followed_are_not_there_yet(monkeypatch, tiny, held_out):
     with torch.no_grad():
         expected = tiny(held_out[0]).logits
-    monkeypatch.setattr(EmulatedAccelerator, "follow", lambda *_: None)
+    monkeypatch.setattr(EmulatedAccelerator, "make_current_stream_wait", lambda *_: None)
     hybrimoe.wrap(tiny, device="emulated", vram=1.0)
     with torch.no_grad():
         logits = tiny(held_out[0]).logits

@@ -32,7 +32,7 @@ def fuse(norm):
     parent = nn.Module()
     parent.norm = norm
     fused = FusedNorm(FoundNorm("norm", parent, "norm", norm, formula_of(norm)))
-    fused.install()
+    fused.attach()
     return fused
 
 

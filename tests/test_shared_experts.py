@@ -149,7 +149,7 @@ def test_a_block_that_changes_its_input_meanwhile_gets_the_new_result(monkeypatc
     block.experts = Changing(pooled, lambda hidden: hidden.mul_(2))
     pooled.early.remove()
     expected = families.logits(model, given)
-    pooled.early.install()
+    pooled.early.attach()
     happened.clear()
 
     assert torch.equal(families.logits(model, given), expected)

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 import hybrimoe
+from hybrimoe.formats.gate import Gate
 from hybrimoe.memory import speed
-from hybrimoe.models.bytes import ExpertShape, Footprint
+from hybrimoe.models.bytes import Footprint
 from hybrimoe.models.forward import ForwardMemory
+from hybrimoe.models.spec import ExpertSpec
 from hybrimoe.policy.cost import CostModel
 from paths import TINY_MOE
 
@@ -31,7 +33,9 @@ def nothing_kept(monkeypatch) -> None:
 
 def footprint(dense: int = 0, operations: int = 0, **changes) -> Footprint:
     """Two layers of 16 experts, two of which each token activates."""
-    shape = ExpertShape("", 16, 512, 256, True, False, torch.bfloat16, 16 * 3 * 512 * 256 * 2)
+    shape = ExpertSpec(
+        *("", 16, 512, 256, True, False, torch.bfloat16, Gate(0), ()), 16 * 3 * 512 * 256 * 2
+    )
     layers = (dataclasses.replace(shape, **changes),) * 2
     return Footprint(layers, 2, dense, dense, 64, ForwardMemory(0, 0, True, operations))
 
@@ -70,7 +74,7 @@ def test_few_cores_are_not_taken_for_the_eight_of_the_profile(nothing_kept, monk
 def test_every_part_of_a_token_is_counted(kept):
     read = 2 * 2 * footprint().layers[0].layout("int4").expert_bytes * BYTE_S
     handed = 2 * speed.LAYER_S
-    share = speed.TORCH_SHARE[torch.bfloat16] / speed.KERNEL_SHARE["int4"]
+    share = speed.TORCH_SHARE[torch.bfloat16] / speed.read_share("int4")
 
     assert seconds(footprint()) == pytest.approx(read + handed)
     host = seconds(footprint(operations=100)) - seconds(footprint())

@@ -17,7 +17,7 @@ LAYERS, EXPERTS, TOP_K, D, F = 3, 8, 2, 32, 32
 
 
 class Disk:
-    """Stands for a `Backing`. delay: seconds of each read. fault: called with each read's number."""
+    """Stands for a `ExpertFile`. delay: seconds of each read. fault: called with each read's number."""
 
     is_direct = False
 

@@ -119,7 +119,7 @@ def __dir__() -> list[str]:
 
 
 def _make_known() -> None:
-    importlib.import_module("hybrimoe.pretrained").make_known()
+    importlib.import_module("hybrimoe.pretrained").register_quantizer()
 
 
 importlib.import_module("hybrimoe.sources.registration").announce(_make_known)

@@ -59,7 +59,7 @@ def _wrap(model: nn.Module, config: Config) -> None:
     try:
         runtime.make_room()
         for experts in found:
-            runtime.pack(experts).install()
+            runtime.attach(runtime.pack(experts))
         complete(runtime, model)
     except BaseException as error:
         _roll_back(runtime, model, error)
@@ -79,7 +79,7 @@ def unwrap(model: Model) -> Model:
     runtime = getattr(model, "hybrimoe", None)
     if runtime is None:
         return model
-    sizes = [(layer.native_bytes, layer.packed_bytes) for layer in runtime.in_place]
+    sizes = [(layer.native_bytes, layer.packed_bytes) for layer in reversed(runtime.in_place)]
     ensure_unwrap_fits(model, sizes)
     attempts = runtime.undo()
     if runtime.hybrid is not None:

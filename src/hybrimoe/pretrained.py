@@ -136,7 +136,7 @@ def save_packed(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         save(parts, Path(folder), progress)
 
 
-def make_known() -> None:
+def register_quantizer() -> None:
     """Let transformers take a `Config` as its `quantization_config`; again changes nothing."""
     from hybrimoe.sources.loader import register
 
@@ -154,13 +154,10 @@ def _start(
 def _finish(runtime: Runtime, model: nn.Module) -> None:
     from hybrimoe.session import complete
 
-    for layer in runtime.layers:
-        layer.install()
     try:
+        for layer in runtime.layers:
+            runtime.attach(layer)
         complete(runtime, model)
     except BaseException:
-        runtime.detach()
-        if runtime.hybrid is not None:
-            runtime.hybrid.close()
-        runtime.close()
+        runtime.abandon()
         raise

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from hybrimoe.attachments import Attachment, Hooks
 from hybrimoe.attempts import Attempts
 from hybrimoe.calibration.pool_cost import cost_of
 from hybrimoe.config import Config
@@ -22,15 +23,15 @@ from hybrimoe.models.adapters import FoundExperts, top_k_of
 from hybrimoe.models.bytes import cache_bytes
 from hybrimoe.models.places import holder_of
 from hybrimoe.models.releases import warn_if_untested
-from hybrimoe.models.routers import seats_of
+from hybrimoe.models.routers import probes_of
 from hybrimoe.modules.counts import Counts
 from hybrimoe.modules.frozen import FrozenNotice
 from hybrimoe.modules.fused_norm import FusedNorm, find_norms
 from hybrimoe.modules.lora import Folding
 from hybrimoe.modules.packed_linear import PackedLinear, find_linears
 from hybrimoe.modules.pooled_experts import PooledExperts
-from hybrimoe.modules.protection import Guards
-from hybrimoe.modules.replacement import refuse_copy, refuse_pickle
+from hybrimoe.modules.protection import Protection
+from hybrimoe.modules.replacement import PackedModule, refuse_copy, refuse_pickle
 from hybrimoe.modules.shared_experts import EarlyExperts
 from hybrimoe.modules.warming import needs_of, warm
 from hybrimoe.policy.timeline import perfetto
@@ -45,7 +46,7 @@ from hybrimoe.runtime.devices.open import (
     open_accelerator,
 )
 from hybrimoe.runtime.disk.open import WeightsOf, open_tier
-from hybrimoe.runtime.inputs import Foresight
+from hybrimoe.runtime.inputs import RouterLookahead
 from hybrimoe.runtime.pool import ExpertPool
 from hybrimoe.simd.threads import usable_cores
 from hybrimoe.sources.packed.linears import StoredLinear
@@ -74,17 +75,11 @@ class Runtime:
         self.linears: list[PackedLinear] = []
         self.norms: list[FusedNorm] = []
         self.hybrid: Hybrid | None = None
-        self._foresight: Foresight | None = None
         self.origin: Path | None = None  # the folder that it was loaded from, where that is known
         self._counters = Stats()
         self.threads = config.threads or min(torch.get_num_threads(), usable_cores())
-        self._guards, self._counts = Guards(), Counts()
-        self._hooks = [
-            model.register_forward_pre_hook(self._counters.enter, with_kwargs=True),
-            model.register_forward_pre_hook(self._begin),
-            model.register_forward_hook(self._counters.leave, with_kwargs=True),
-            model.register_forward_hook(self._end),
-        ]
+        self._attached: list[Attachment] = []
+        self.attach(Hooks(lambda: self._watch_passes(model)))
 
     def report(self) -> Report:
         """What happened since the last reset, and where the time went."""
@@ -118,6 +113,11 @@ class Runtime:
             spans["disk"] = tier.spans()
         events = [event for name, found in spans.items() for event in perfetto(found, name)]
         write_atomically(Path(path), json.dumps({"traceEvents": events}).encode())
+
+    def attach(self, attachment: Attachment) -> None:
+        """Add something to the model, which `undo` takes away before all that was there earlier."""
+        self._attached.append(attachment)  # first: an interrupted half is taken away, too
+        attachment.attach()
 
     def make_room(self) -> None:
         """Reserve the disk space of experts that do not stay in RAM; raises StorageError."""
@@ -153,7 +153,7 @@ class Runtime:
                 self._install(PackedLinear(found, self.pool.workspace, self.threads))
         for norm in list(find_norms(model)):
             self.norms.append(FusedNorm(norm))
-            self.norms[-1].install()
+            self.attach(self.norms[-1])
 
     def adopt(self, stored: Sequence[StoredLinear]) -> None:
         """Put dense layers into their places that were read packed."""
@@ -162,7 +162,7 @@ class Runtime:
 
     def _install(self, layer: PackedLinear) -> None:
         self.linears.append(layer)
-        layer.install()
+        self.attach(layer)
 
     def share(self, model: nn.Module, accelerator: Accelerator) -> None:
         """From now on, the policies divide the experts between the CPU and an accelerator."""
@@ -173,7 +173,8 @@ class Runtime:
         self.hybrid = Hybrid(
             self.pool, self.config, accelerator, cost, top_k_of(model), self.threads, kv
         )
-        self.hybrid.intake.watch(seats_of(model, [layer.name for layer in self.layers]))
+        self.hybrid.probes = probes_of(model, [layer.name for layer in self.layers])
+        self.attach(self.hybrid)
         for layer in self.layers:
             layer.hybrid = self.hybrid
         if accelerator.measured:  # elsewhere nothing would run meanwhile
@@ -183,20 +184,21 @@ class Runtime:
         """From now on, shared experts run beside the routed ones."""
         for layer in self.layers:
             layer.early = EarlyExperts.beside(model, layer.name)
-            layer.early.install()
+            self.attach(layer.early)
 
     def foresee(self, model: nn.Module) -> None:
         """From now on, routers are asked early for what to read from the disk."""
-        seats = seats_of(model, [layer.name for layer in self.layers])
-        self._foresight = Foresight(seats, [layer.packed.experts for layer in self.layers])
+        probes = probes_of(model, [layer.name for layer in self.layers])
+        lookahead = RouterLookahead(probes, [layer.packed.experts for layer in self.layers])
+        self.attach(lookahead)
         for layer in self.layers:
-            layer.foresight = self._foresight
+            layer.lookahead = lookahead
 
     def guard(self, model: nn.Module) -> None:
         """Refuse from now on what would break the experts, and count them where models are counted."""
         names = [layer.name for layer in self.layers]
-        self._guards.install(model, names, {layer.dtype for layer in self.layers})
-        self._counts.install(model, names)
+        self.attach(Protection(model, names, {layer.dtype for layer in self.layers}))
+        self.attach(Counts(model, names))
         what = "experts and packed dense layers" if self.linears else "experts"
         notice = FrozenNotice(model, names[0], what)
         for layer in self.layers:
@@ -212,29 +214,19 @@ class Runtime:
         says. What is still `in_place` afterwards could not be read; trying again may help.
         """
         attempts = Attempts()
-        attempts.take(self.detach)
-        if self.hybrid is not None:
-            self.hybrid.close(attempts)
-        for part in self.in_place:
-            attempts.take(part.restore)
+        for attachment in reversed(self._attached):
+            attachment.detach(attempts)
         if not self.in_place:
             attempts.let_go(self.close)
         return attempts
 
-    def detach(self) -> None:
-        """Remove the hooks and the guards from the model."""
-        self._guards.remove()
-        self._counts.remove()
-        self.folding.close()
-        for hook in self._hooks:
-            hook.remove()
-        if self.hybrid is not None:
-            self.hybrid.intake.close()
-        if self._foresight is not None:
-            self._foresight.close()
-        for layer in self.layers:
-            if layer.early is not None:
-                layer.early.remove()
+    def abandon(self) -> None:
+        """The model is given up half loaded: take away all but its modules, and close the files."""
+        attempts = Attempts()
+        for attachment in reversed(self._attached):
+            if not isinstance(attachment, PackedModule):
+                attachment.detach(attempts)
+        attempts.let_go(self.close)
 
     def leave(self) -> None:
         """Be `model.hybrimoe` no more; a PEFT model around it only passes the name on."""
@@ -246,6 +238,14 @@ class Runtime:
         """End the threads and close the files of experts on disk; nobody may need them any more."""
         if self.pool.tier is not None:
             self.pool.tier.close()
+
+    def _watch_passes(self, model: nn.Module) -> list[Any]:
+        return [
+            model.register_forward_pre_hook(self._counters.enter, with_kwargs=True),
+            model.register_forward_pre_hook(self._begin),
+            model.register_forward_hook(self._counters.leave, with_kwargs=True),
+            model.register_forward_hook(self._end),
+        ]
 
     def _begin(self, *_: Any) -> None:
         """Forward pre-hook of the model."""
@@ -280,7 +280,7 @@ def complete(runtime: Runtime, model: nn.Module) -> None:
             runtime.share(model, accelerator)
         if runtime.config.linear is not None:
             runtime.pack_linears(model, runtime.config.linear)
-        runtime.folding.follow()
+        runtime.attach(runtime.folding)
         if accelerator is None and runtime.pool.tier is not None:
             runtime.foresee(model)  # its hooks on norms come last: a norm with hooks is not fused
         runtime.guard(model)

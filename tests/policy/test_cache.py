@@ -10,7 +10,7 @@ from policy_cases import examples
 
 from hybrimoe.errors import ConfigError, PolicyError
 from hybrimoe.policy.cache import Cache, quotas
-from hybrimoe.policy.rankings import LFU, LRU, LRU2, MRS, Books, Ranking, Static
+from hybrimoe.policy.rankings import LFU, LRU, LRU2, MRS, Ranking, Static, UsageStats
 from hybrimoe.policy.routing import Load
 from hybrimoe.policy.timeline import Array
 from hybrimoe.simulation.belady import Belady
@@ -307,7 +307,7 @@ class TestBelady(CacheContract):
 
 def test_a_ranking_of_three_lines_is_enough() -> None:
     class Newest(Ranking):
-        def worth(self, books: Books) -> Array:
+        def worth(self, books: UsageStats) -> Array:
             return books.last
 
     cache = Cache(Newest(), 1, 1, 4)

@@ -17,7 +17,7 @@ from hybrimoe.policy.engine import Engine
 from hybrimoe.policy.forecasts import Markov, Trust
 from hybrimoe.policy.prefetchers import NextLayer
 from hybrimoe.policy.presets import PRESETS, preset
-from hybrimoe.policy.rankings import LRU, Books, NextToken
+from hybrimoe.policy.rankings import LRU, NextToken, UsageStats
 from hybrimoe.policy.routing import Forecast, Load
 from hybrimoe.policy.timeline import Lane, Span, Timeline
 
@@ -113,7 +113,7 @@ def test_a_layer_is_crowded_by_most_of_its_own_experts() -> None:
 
 
 def test_books_hold_nothing_for_experts_that_do_not_exist() -> None:
-    books = Books(SIZES.size, SIZES, 2)
+    books = UsageStats(SIZES.size, SIZES, 2)
     books.learn_successors()
     for layer, size in enumerate(SIZES.tolist()):
         assert (books.rate[layer, :size] == min(2 / size, 1.0)).all()
@@ -162,7 +162,7 @@ def test_impossible_numbers_of_experts_are_refused(experts: int | list[int]) -> 
     for make in (
         lambda: Cache(LRU(), 2, 2, np.array(experts)),
         lambda: Markov(2, np.array(experts), 1),
-        lambda: Books(2, np.array(experts), 1),
+        lambda: UsageStats(2, np.array(experts), 1),
     ):
         with pytest.raises(ConfigError, match="layers and experts must be positive"):
             make()

@@ -5,9 +5,9 @@ import pytest
 
 from hybrimoe.errors import ConfigError
 from hybrimoe.policy.cache import Cache
-from hybrimoe.policy.following import by_worth
 from hybrimoe.policy.rankings import MRS, NextToken
 from hybrimoe.policy.routing import Load
+from hybrimoe.policy.transitions import by_worth
 from hybrimoe.simulation.belady import Belady
 from hybrimoe.simulation.synthesis import hit_rate
 from hybrimoe.simulation.trace import RoutingTrace

@@ -28,7 +28,7 @@ class _Seen(threading.local):
     output: Any = None
 
 
-class Seat:
+class RouterProbe:
     """The router beside one layer's experts, and what it was last called with and returned.
 
     owner: the module that holds the block, where the norm before the router may be found.
@@ -70,7 +70,7 @@ class Seat:
         seen = self._seen
         seen.args, seen.kwargs, seen.output = (), {}, None
 
-    def inputs(self, target: Seat) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def inputs(self, target: RouterProbe) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What a later router would be called with, if its layer's input were this one's.
 
         Where both layers' norms are known, the later one's takes the place of this one's: on
@@ -90,32 +90,32 @@ class Seat:
             self.norm.find(args[0])
 
 
-def seats_of(model: nn.Module, paths: Sequence[str]) -> list[Seat]:
-    """The seats of the experts called `paths`, as in `FoundExperts.name`."""
-    seats = []
+def probes_of(model: nn.Module, paths: Sequence[str]) -> list[RouterProbe]:
+    """The probes of the experts called `paths`, as in `FoundExperts.name`."""
+    probes = []
     for path in paths:
         block = path.rpartition(".")[0]
         owner = model.get_submodule(block.rpartition(".")[0]) if block else None
-        seats.append(Seat(model.get_submodule(block), owner))
-    return seats
+        probes.append(RouterProbe(model.get_submodule(block), owner))
+    return probes
 
 
 @torch.no_grad()
 def look_ahead(
-    seats: Sequence[Seat], layer: int, place: int, depth: int, sizes: Sequence[int]
+    probes: Sequence[RouterProbe], layer: int, place: int, depth: int, sizes: Sequence[int]
 ) -> list[tuple[int, Tensor, Tensor]]:
     """(layer, ids [T, K], logits [T, E]) that the next routers say to this layer's router input.
 
     sizes: experts of each layer. Only routers of this one's class and width are asked: another one
     may read something else. Their hooks are passed by, so that nobody counts these calls as routing.
     """
-    here = seats[layer]
+    here = probes[layer]
     found = []
-    for target in range(layer + 1, min(layer + 1 + depth, len(seats))):
-        router = seats[target].router
+    for target in range(layer + 1, min(layer + 1 + depth, len(probes))):
+        router = probes[target].router
         if router is None or router.training or not _is_like(router, here.router):
             break
-        args, kwargs = here.inputs(seats[target])
+        args, kwargs = here.inputs(probes[target])
         output = router.forward(*args, **kwargs)
         ids = output[place]
         logits = _logits(output, ids.shape[0], sizes[target])

@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from hybrimoe.attempts import Attempts
 from hybrimoe.modules.pooled_experts import PooledExperts
 from hybrimoe.modules.protection import modules_around
-from hybrimoe.modules.replacement import Rooted
+from hybrimoe.modules.replacement import PackedModule
 
 COUNTED = ("num_parameters", "get_memory_footprint")
 
@@ -17,18 +18,21 @@ COUNTED = ("num_parameters", "get_memory_footprint")
 class Counts:
     """transformers' counting methods, on every model around pooled experts, with these added."""
 
-    def __init__(self) -> None:
-        self._modules: list[nn.Module] = []
+    def __init__(self, model: nn.Module, names: list[str]) -> None:
+        """names: of the experts; all models on the paths to them count their packed parts."""
+        self._modules = [
+            module
+            for module in modules_around(model, names)
+            if all(callable(getattr(type(module), name, None)) for name in COUNTED)
+        ]
 
-    def install(self, model: nn.Module, names: list[str]) -> None:
-        """Count from now on the packed parts of all models on the paths to the experts `names`."""
-        for module in modules_around(model, names):
-            if all(callable(getattr(type(module), name, None)) for name in COUNTED):
-                self._modules.append(module)
-                module.__dict__["num_parameters"] = _number_of(module)
-                module.__dict__["get_memory_footprint"] = _footprint_of(module)
+    def attach(self) -> None:
+        """Count packed parts from now on."""
+        for module in self._modules:
+            module.__dict__["num_parameters"] = _number_of(module)
+            module.__dict__["get_memory_footprint"] = _footprint_of(module)
 
-    def remove(self) -> None:
+    def detach(self, attempts: Attempts) -> None:
         """Leave no trace on the modules."""
         for module in self._modules:
             for name in COUNTED:
@@ -45,9 +49,9 @@ def packed_bytes(module: nn.Module) -> int:
     return sum(part.packed_bytes for part in parts) + slots + folded
 
 
-def packed_parts(module: nn.Module) -> Iterator[Rooted]:
+def packed_parts(module: nn.Module) -> Iterator[PackedModule]:
     """What of a module, or below it, has its weights packed."""
-    return (part for part in module.modules() if isinstance(part, Rooted))
+    return (part for part in module.modules() if isinstance(part, PackedModule))
 
 
 def _number_of(module: Any) -> Callable[..., int]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hybrimoe.kernels.cpu.rms_norm import run_norm
 from hybrimoe.models import weights as formats
 from hybrimoe.models.places import exchange
-from hybrimoe.modules.replacement import Rooted
+from hybrimoe.modules.replacement import PackedModule
 
 MOST = 1 << 14
 """Numbers of one call, beyond which torch's threads are worth their calls."""
@@ -44,7 +44,7 @@ class FoundNorm(NamedTuple):
     formula: Formula
 
 
-class FusedNorm(Rooted):
+class FusedNorm(PackedModule):
     """A norm in one call; it shares its weight with the original, which serves all other inputs."""
 
     native_bytes = packed_bytes = packed_numbers = 0  # of its own
@@ -61,12 +61,12 @@ class FusedNorm(Rooted):
         self.bits, self.place = formats.bits(self.weight.detach()), self.weight.data_ptr()
         self.train(found.module.training)
 
-    def install(self) -> None:
+    def attach(self) -> None:
         """Take the original's place in its parent."""
         exchange(self.found, self.found.module, self)
 
     def restore(self) -> None:
-        """Undo `install`."""
+        """Undo `attach`."""
         self.found.module.train(self.training)
         exchange(self.found, self, self.found.module)
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from hybrimoe.attempts import Attempts
 from hybrimoe.errors import FormatError
 from hybrimoe.formats.layout import only_files_bring, split
 from hybrimoe.formats.registry import rounded
@@ -251,10 +252,14 @@ class Folding:
                     for layer in stale:
                         layer.adapters.follow()
 
-    def close(self) -> None:
+    def attach(self) -> None:
+        """Adapters that are there already are followed from the start."""
+        self.follow()
+
+    def detach(self, attempts: Attempts) -> None:
         """The layers are about to be the original's again."""
         for layer in self.layers:
-            layer.adapters.leave()
+            attempts.take(layer.adapters.leave)
 
 
 @contextmanager

@@ -15,11 +15,11 @@ from hybrimoe.kernels.cpu.linear import PackedMatrix, matrix_layout, run_linear
 from hybrimoe.kernels.cpu.workspace import Workspace
 from hybrimoe.models import weights as formats
 from hybrimoe.models.places import exchange
-from hybrimoe.models.routers import seats_of
+from hybrimoe.models.routers import probes_of
 from hybrimoe.models.tuners import own_modules
 from hybrimoe.models.weights import ExpertWeights
 from hybrimoe.modules import compile_ops as opaque
-from hybrimoe.modules.replacement import Rooted
+from hybrimoe.modules.replacement import PackedModule
 from hybrimoe.runtime.pages import allocate_blobs
 
 SMALLEST = 1 << 12
@@ -51,7 +51,7 @@ def find_linears(model: nn.Module, weights: str, experts: list[str]) -> list[Fou
     """
     kept = {id(part) for part in own_modules(model)}
     kept |= {id(part) for name in experts for part in model.get_submodule(name).modules()}
-    kept |= {id(seat.router) for seat in seats_of(model, experts)}
+    kept |= {id(probe.router) for probe in probes_of(model, experts)}
     head = getattr(model, "get_output_embeddings", lambda: None)()
     owners: dict[int, int] = {}
     for module in model.modules():
@@ -71,7 +71,7 @@ def find_linears(model: nn.Module, weights: str, experts: list[str]) -> list[Fou
     return found
 
 
-class PackedLinear(Rooted):
+class PackedLinear(PackedModule):
     """Computes `x @ weight.T + bias` from packed rows; the original is kept aside, without weights."""
 
     def __init__(
@@ -103,14 +103,14 @@ class PackedLinear(Rooted):
         """What its rows take."""
         return self.matrix.blob.nbytes
 
-    def install(self) -> None:
+    def attach(self) -> None:
         """Take the original's place in its parent and drop its weight."""
         exchange(self.found, self.found.module, self)
         if not self.found.tied:
             self.found.module.weight.data = torch.empty(0, dtype=self.dtype)
 
     def restore(self) -> None:
-        """Undo `install`; the weight is what was packed, rounded as its format rounds."""
+        """Undo `attach`; the weight is what was packed, rounded as its format rounds."""
         if not self.found.tied:
             self.found.module.weight.data = self.unpacked()
         self.found.module.train(self.training)

@@ -20,19 +20,19 @@ from hybrimoe.models.weights import ExpertWeights
 from hybrimoe.modules import compile_ops as opaque
 from hybrimoe.modules.frozen import refuse_training
 from hybrimoe.modules.lora import Folding, LayerAdapters
-from hybrimoe.modules.replacement import Rooted
+from hybrimoe.modules.replacement import PackedModule
 from hybrimoe.modules.shared_experts import EarlyExperts
 from hybrimoe.modules.stand_ins import StandIn
 from hybrimoe.runtime.coordinator import Hybrid
 from hybrimoe.runtime.counters import Stats
 from hybrimoe.runtime.disk.job import Job
-from hybrimoe.runtime.inputs import Foresight
+from hybrimoe.runtime.inputs import RouterLookahead
 from hybrimoe.runtime.pages import allocate_blobs, checksum
 from hybrimoe.runtime.pool import ExpertPool
 from hybrimoe.simd.stopwatch import stopwatch
 
 
-class PooledExperts(Rooted):
+class PooledExperts(PackedModule):
     """Computes `experts(hidden_states, ids, weights)` from the pool.
 
     The original module is kept aside, with empty parameters, and comes back by `restore`.
@@ -46,7 +46,9 @@ class PooledExperts(Rooted):
         self.name, self.threads, self.stats, self.pool = found.name, threads, stats, pool
         self.post_norm = described.post_norm
         self.hybrid: Hybrid | None = None  # who shares the work with an accelerator, if anyone
-        self.foresight: Foresight | None = None  # who says ahead of time what to read from a disk
+        self.lookahead: RouterLookahead | None = (
+            None  # who says ahead of time what to read from a disk
+        )
         self.folding: Folding | None = None  # who packs layers anew when adapters change
         self.early: EarlyExperts | None = None  # what of the block may run meanwhile
         self.watch: Callable[[str, int, bool], None] = lambda *_: None  # told of training
@@ -86,7 +88,7 @@ class PooledExperts(Rooted):
         blobs = self.packed.blobs
         return blobs.nbytes if blobs.strides[0] else 0
 
-    def install(self) -> None:
+    def attach(self) -> None:
         """Take the original's place in its parent and drop its weights."""
         exchange(self.found, self.original, self)
         self.train(self.original.training)  # a loader says so after it has built the model
@@ -96,9 +98,9 @@ class PooledExperts(Rooted):
             parameter.data = torch.empty(0, dtype=self.dtype)
 
     def restore(self) -> None:
-        """Undo `install`: weights back into the original, the original back into the model.
+        """Undo `attach`: weights back into the original, the original back into the model.
 
-        Weights that an interrupted `install` has not dropped stay as they are.
+        Weights that an interrupted `attach` has not dropped stay as they are.
         """
         parameters = {name: getattr(self.original, name) for name in self.shapes}
         dropped = [name for name, p in parameters.items() if p.shape != self.shapes[name]]
@@ -193,14 +195,14 @@ class PooledExperts(Rooted):
         return out
 
     def _run_from_disk(self, job: Job, ids: Tensor, weights: Tensor) -> None:
-        tier, foresight = self.pool.tier, self.foresight
+        tier, lookahead = self.pool.tier, self.lookahead
         assert tier is not None
-        assert foresight is not None
+        assert lookahead is not None
         try:
             check_arguments(job.layer, job.x, job.ids, job.weights, job.out, job.dtype)
-            tier.run(job, lambda: foresight.forecasts(self.index, ids, weights))
+            tier.run(job, lambda: lookahead.forecasts(self.index, ids, weights))
         finally:
-            foresight.forget(self.index)
+            lookahead.forget(self.index)
 
     def _shared(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The layer on CPU and accelerator together, by the engine's plan; sums in float32."""

@@ -8,39 +8,46 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hybrimoe.attachments import Hooks
+from hybrimoe.attempts import Attempts
 from hybrimoe.limits import ensure_host_fits
-from hybrimoe.modules.replacement import Rooted, refuse_load, refuse_move
+from hybrimoe.modules.replacement import PackedModule, refuse_load, refuse_move
 
 SAVE_PACKED = "hybrimoe.save_packed writes the model as it is, without unpacking"
 
 
-class Guards:
+class Protection:
     """Stand on every module around pooled experts, so that `model.model.half()` is met as well.
 
     A move or a state dict reaches children one after the other: refused at the experts it would be
     refused too late.
     """
 
-    def __init__(self) -> None:
-        self._modules: list[nn.Module] = []
-        self._hooks: list[Any] = []
+    def __init__(self, model: nn.Module, names: list[str], dtypes: set[torch.dtype]) -> None:
+        """names: of the experts; all modules on the paths to them are guarded."""
+        self._modules, self._dtypes = modules_around(model, names), dtypes
+        self._hooks = Hooks(self._register)
 
-    def install(self, model: nn.Module, names: list[str], dtypes: set[torch.dtype]) -> None:
-        """Guard all modules on the paths to the experts called `names`."""
-        for module in modules_around(model, names):
-            self._modules.append(module)
-            self._hooks += [
-                module.register_load_state_dict_pre_hook(refuse_experts),  # type: ignore[no-untyped-call]
-                module.register_state_dict_pre_hook(ensure_state_fits),  # type: ignore[no-untyped-call]
-            ]
-            module.__dict__["_apply"] = _guarded_apply(module, dtypes)
+    def attach(self) -> None:
+        """Refuse from now on."""
+        self._hooks.attach()
+        for module in self._modules:
+            module.__dict__["_apply"] = _guarded_apply(module, self._dtypes)
 
-    def remove(self) -> None:
+    def detach(self, attempts: Attempts) -> None:
         """Leave no trace on the modules."""
         for module in self._modules:
             module.__dict__.pop("_apply", None)
-        for hook in self._hooks:
-            hook.remove()
+        self._hooks.detach(attempts)
+
+    def _register(self) -> list[Any]:
+        hooks = []
+        for module in self._modules:
+            hooks += [
+                module.register_load_state_dict_pre_hook(refuse_experts),  # type: ignore[no-untyped-call]
+                module.register_state_dict_pre_hook(ensure_state_fits),  # type: ignore[no-untyped-call]
+            ]
+        return hooks
 
 
 def modules_around(model: nn.Module, names: list[str]) -> list[nn.Module]:
@@ -52,14 +59,16 @@ def modules_around(model: nn.Module, names: list[str]) -> list[nn.Module]:
 
 def refuse_experts(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Raise, before any part is loaded, if a state dict has weights for what is packed."""
-    packed = [(name, part) for name, part in module.named_modules() if isinstance(part, Rooted)]
+    packed = [
+        (name, part) for name, part in module.named_modules() if isinstance(part, PackedModule)
+    ]
     names = [f"{prefix}{at}.{name}" for at, part in packed for name in part.packed_names]
     refuse_load([name for name in names if name in state])
 
 
 def ensure_state_fits(module: nn.Module, *_: Any) -> None:
     """Raise InsufficientMemoryError unless all of a module's weights can exist unpacked at once."""
-    packed = [part for part in module.modules() if isinstance(part, Rooted)]
+    packed = [part for part in module.modules() if isinstance(part, PackedModule)]
     what = f"the state dict of {type(module).__name__}, with all weights unpacked,"
     ensure_host_fits(sum(part.native_bytes for part in packed), what, SAVE_PACKED)
 

@@ -8,24 +8,41 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from hybrimoe.attempts import Attempts
 from hybrimoe.errors import WrappedModelError
+from hybrimoe.models.places import holder_of
 
 
-class Rooted(nn.Module):
+class PackedModule(nn.Module):
     """A module whose weights live in memory of ours: it cannot be moved, loaded, copied or pickled.
 
-    native_bytes: of its weights, unpacked. packed_bytes: of its own memory for them.
+    found: the original, and where it hangs. native_bytes: of its weights, unpacked. packed_bytes: of
+    its own memory for them.
     packed_numbers: how many of the model's parameters are not its parameters now, but packed.
     packed_names: what its state dict calls them.
     """
 
+    found: Any
     dtype: torch.dtype
     native_bytes: int
     packed_bytes: int
     packed_numbers: int
     packed_names: tuple[str, ...]
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rooted:
+    def attach(self) -> None:
+        """Take the original's place in its parent."""
+        raise NotImplementedError
+
+    def restore(self) -> None:
+        """Undo `attach`: the original's weights back into it, and itself into the model."""
+        raise NotImplementedError
+
+    def detach(self, attempts: Attempts) -> None:
+        """`restore`, where it stands in the model."""
+        if holder_of(self.found, self):
+            attempts.take(self.restore)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
         refuse_move(fn, self.dtype)
         return super()._apply(fn, recurse)  # type: ignore[no-any-return,no-untyped-call]
 

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hybrimoe.attempts import Attempts
+
 
 class _Memo(NamedTuple):
     """A result, and what it was computed from."""
@@ -50,16 +52,20 @@ class EarlyExperts:
         found = model.get_submodule(block)
         return cls(found, [found] if owner is found else [found, owner])
 
-    def install(self) -> None:
-        """Stand in front of the modules; `remove` undoes it."""
+    def attach(self) -> None:
+        """Stand in front of the modules."""
         if not self.experts:
             return
         self._hook = self.block.register_forward_pre_hook(self._enter, with_kwargs=True)
         for expert in self.experts:
             expert.install()
 
-    def remove(self) -> None:
+    def detach(self, attempts: Attempts) -> None:
         """Leave no trace on the modules."""
+        attempts.take(self.remove)
+
+    def remove(self) -> None:
+        """`detach`, by the modules themselves where none is of use."""
         if self._hook is not None:
             self._hook.remove()
             self._hook = None

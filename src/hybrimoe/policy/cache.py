@@ -9,8 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hybrimoe.errors import ConfigError, PolicyError
-from hybrimoe.policy.following import most_wanted
-from hybrimoe.policy.rankings import Books, Ranking, Static
+from hybrimoe.policy.rankings import Ranking, Static, UsageStats
 from hybrimoe.policy.routing import Load
 from hybrimoe.policy.slots import (
     claim,
@@ -25,6 +24,7 @@ from hybrimoe.policy.slots import (
     release_slots,
 )
 from hybrimoe.policy.timeline import Array
+from hybrimoe.policy.transitions import most_wanted
 from hybrimoe.sizes import expert_counts
 
 FLOOR = 0.75  # of an equal share: what one layer gives up beyond helps no other layer as much
@@ -68,7 +68,7 @@ class Cache:
         self.ranking, self.staging = ranking, staging
         self.layers, self.experts = layers, int(self.sizes.max())
         _check(slots, self.experts, top_k, staging)
-        self.books = Books(layers, self.sizes, top_k)
+        self.books = UsageStats(layers, self.sizes, top_k)
         self.generation: Array = np.zeros(0, np.int64)
         self._least = floor
         self._by_layer = ranking.scope == "layer"
@@ -101,7 +101,7 @@ class Cache:
 
     def rank_by(self, ranking: Ranking) -> None:
         """From now on another ranking decides, with new books; who is resident stays."""
-        self.ranking, self.books = ranking, Books(self.layers, self.sizes, self.books.top_k)
+        self.ranking, self.books = ranking, UsageStats(self.layers, self.sizes, self.books.top_k)
         self._by_layer = ranking.scope == "layer"
         self._within = self._by_layer or self.crowded
         self._share_out(None)

@@ -19,7 +19,7 @@ from hybrimoe.policy.cache import Cache
 from hybrimoe.policy.cost import CostModel
 from hybrimoe.policy.plan import Plan, validate
 from hybrimoe.policy.prefetchers import Prefetcher
-from hybrimoe.policy.rankings import Books, Ranking
+from hybrimoe.policy.rankings import Ranking, UsageStats
 from hybrimoe.policy.routing import Forecast, Load
 from hybrimoe.policy.schedulers import Scheduler
 from hybrimoe.policy.timeline import Array, Timeline
@@ -27,7 +27,7 @@ from hybrimoe.policy.timeline import Array, Timeline
 OURS = f"{__name__.rpartition('.')[0]}."  # the package whose policies are trusted
 ROUNDING = -1e-9  # seconds: a gain that is negative by less is a difference of equals
 T = TypeVar("T")
-Owner = TypeVar("Owner", Books, Cache)
+Owner = TypeVar("Owner", UsageStats, Cache)
 
 
 def checked_scheduler(policy: Scheduler) -> Scheduler:
@@ -126,26 +126,26 @@ class CheckedRanking(Ranking):
 
     policy: Ranking
 
-    def observe(self, books: Books, load: Load) -> None:
+    def observe(self, books: UsageStats, load: Load) -> None:
         _ask(self, lambda: self._observe(books, _copy_load(load)))
 
-    def worth(self, books: Books) -> Array:
+    def worth(self, books: UsageStats) -> Array:
         return _ask(self, lambda: self._sound(self.policy.worth(_copy_arrays(books)), books))
 
-    def _observe(self, books: Books, load: Load) -> None:
+    def _observe(self, books: UsageStats, load: Load) -> None:
         mine = _copy_arrays(books)
         self.policy.observe(mine, load)
         self._check("books.score", mine.score, books)
         books.score[:] = mine.score
 
-    def _sound(self, worth: Array, books: Books) -> Array:
+    def _sound(self, worth: Array, books: UsageStats) -> Array:
         self._check("worth", worth, books)
         if np.isnan(worth).any():
             layer, expert = np.argwhere(np.isnan(worth))[0].tolist()
             _blame(self, f"worth must not be NaN, it is for expert {expert} of layer {layer}")
         return np.ascontiguousarray(worth)
 
-    def _check(self, name: str, numbers: Array, books: Books) -> None:
+    def _check(self, name: str, numbers: Array, books: UsageStats) -> None:
         shape = books.score.shape
         if not isinstance(numbers, np.ndarray) or numbers.shape != shape:
             _blame(self, f"{name} must be an array of shape {shape}, got {_show(numbers)}")

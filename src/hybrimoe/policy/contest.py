@@ -27,24 +27,26 @@ decode or prefill, with at most so many tokens, and all larger ones together."""
 
 
 @dataclass(frozen=True)
-class Trial:
+class ModeTrial:
     """How long to compare. Passes are whole forward passes of the model.
 
     warm_up: passes before the first comparison, in which caches and costs settle. rounds: passes
-    per mode. margin: by how much a pure mode must win. far: a mode that took more than this times
-    the fastest one's time in the first round drops out. hopeless: one predicted to take more than
+    per mode. margin: by how much a pure mode must win. drop_above: a mode that took more than this times
+    the fastest one's time in the first round drops out. skip_above: one predicted to take more than
     this times as long is not tried at all. period: passes until the next comparison.
     """
 
     warm_up: int = 12
     rounds: int = 6
     margin: float = 0.03
-    far: float = 1.3
-    hopeless: float = 8.0
+    drop_above: float = 1.3
+    skip_above: float = 8.0
     period: int = 1000
 
 
-PREFILL = Trial(warm_up=1, rounds=2, hopeless=1.5, period=100)  # one long prompt is a long wait
+PREFILL = ModeTrial(
+    warm_up=1, rounds=2, skip_above=1.5, period=100
+)  # one long prompt is a long wait
 
 
 class Guard:
@@ -54,7 +56,7 @@ class Guard:
     """
 
     def __init__(
-        self, engine: Engine, decode: Trial | None = None, prefill: Trial = PREFILL
+        self, engine: Engine, decode: ModeTrial | None = None, prefill: ModeTrial = PREFILL
     ) -> None:
         self.engine = engine
         ranking = engine.cache.ranking
@@ -65,7 +67,7 @@ class Guard:
             "accelerator": Policies(OnDemand(), still, Never()),
             "cpu": Policies(CpuOnly(), still, Never()),
         }
-        self._decode, self._prefill = decode or Trial(), prefill
+        self._decode, self._prefill = decode or ModeTrial(), prefill
         self.contests = {kind_of(1, True): Contest(self._decode, self.modes)}
         self._running: Contest | None = None
         self._began, self._tokens = 0.0, 1
@@ -122,7 +124,7 @@ def kind_of(tokens: int, is_decode: bool) -> str:
 class Contest:
     """The comparison of the modes for one kind of pass."""
 
-    def __init__(self, trial: Trial, modes: dict[str, Policies]) -> None:
+    def __init__(self, trial: ModeTrial, modes: dict[str, Policies]) -> None:
         self.trial, self.names = trial, list(modes)
         self.chosen = CHOSEN
         self.predicted: dict[str, float] = dict.fromkeys(modes, 0.0)
@@ -168,13 +170,13 @@ class Contest:
         }
 
     def _competitors(self) -> list[str]:
-        limit = self.trial.hopeless * self.predicted[CHOSEN]
+        limit = self.trial.skip_above * self.predicted[CHOSEN]
         return [name for name in self.names if name == CHOSEN or self.predicted[name] <= limit]
 
     def _near(self) -> list[str]:
         """Those that may still win, and always the chosen policies."""
         times = {name: median(seconds) for name, seconds in self._seconds.items()}
-        limit = self.trial.far * min(times.values())
+        limit = self.trial.drop_above * min(times.values())
         return [name for name in times if name == CHOSEN or times[name] <= limit]
 
     def _decide(self) -> None:

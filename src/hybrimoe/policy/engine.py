@@ -12,7 +12,6 @@ from hybrimoe.errors import PolicyError
 from hybrimoe.policy.cache import Cache, Move
 from hybrimoe.policy.checked import checked_prefetcher, checked_ranking, checked_scheduler
 from hybrimoe.policy.cost import CostModel
-from hybrimoe.policy.following import by_worth
 from hybrimoe.policy.forecasts import Markov, Trust
 from hybrimoe.policy.plan import Plan, validate
 from hybrimoe.policy.prefetchers import Prefetcher
@@ -21,6 +20,7 @@ from hybrimoe.policy.routing import Forecast, Load
 from hybrimoe.policy.schedulers import Scheduler
 from hybrimoe.policy.slots import tally
 from hybrimoe.policy.timeline import Array, Lane, Timeline
+from hybrimoe.policy.transitions import by_worth
 
 LINK = int(Lane.LINK)
 RECENT = 8  # layers whose absent experts are candidates for the link's idle time

@@ -6,17 +6,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from hybrimoe.errors import ConfigError
-from hybrimoe.policy.following import blend, follow
 from hybrimoe.policy.routing import Load
 from hybrimoe.policy.slots import top_p_update
 from hybrimoe.policy.timeline import Array
+from hybrimoe.policy.transitions import blend, follow
 from hybrimoe.sizes import expert_counts
 
 SCOPES = ("model", "layer")
 SHARES = ("equal", "frequency")
 
 
-class Books:
+class UsageStats:
     """What has been observed, per layer and expert: plain arrays that rankings read.
 
     experts: how many a layer has, or [L] where layers differ. E is then the most of any layer, and
@@ -77,11 +77,11 @@ class Ranking(ABC):
         if self.shares not in SHARES:
             raise ConfigError(f"shares must be one of {SHARES}, got {self.shares!r}")
 
-    def observe(self, books: Books, load: Load) -> None:  # noqa: B027 (books suffice for most)
+    def observe(self, books: UsageStats, load: Load) -> None:  # noqa: B027 (books suffice for most)
         """Update `books.score` after the counts have been updated."""
 
     @abstractmethod
-    def worth(self, books: Books) -> Array:
+    def worth(self, books: UsageStats) -> Array:
         """[L, E] float64; may be one of the books' own arrays."""
 
 
@@ -104,12 +104,12 @@ class MRS(Ranking):
         if self.p is not None and self.p < 1:
             raise ConfigError(f"p must be at least 1 or None, got {self.p}")
 
-    def observe(self, books: Books, load: Load) -> None:
+    def observe(self, books: UsageStats, load: Load) -> None:
         kept = 2 * books.top_k if self.p is None else self.p
         tokens = load.tokens
         top_p_update(books.score, load.layer, load.scores, tokens, books.top_k, kept, self.alpha)
 
-    def worth(self, books: Books) -> Array:
+    def worth(self, books: UsageStats) -> Array:
         return books.score
 
 
@@ -135,7 +135,7 @@ class NextToken(Ranking):
         if not 0 <= self.weight < np.inf:
             raise ConfigError(f"weight must be at least 0 and finite, got {self.weight}")
 
-    def observe(self, books: Books, load: Load) -> None:
+    def observe(self, books: UsageStats, load: Load) -> None:
         if not books.recent.size:
             books.learn_successors()
         kept = 2 * books.top_k if self.p is None else self.p
@@ -145,7 +145,7 @@ class NextToken(Ranking):
         follow(books.follows, books.seen, layer, size, experts, tokens, top_k, self.rate)
         blend(books.score, books.recent, books.follows, layer, experts, tokens, float(self.weight))
 
-    def worth(self, books: Books) -> Array:
+    def worth(self, books: UsageStats) -> Array:
         return books.score
 
 
@@ -153,7 +153,7 @@ class NextToken(Ranking):
 class LRU(Ranking):
     """Keeps what was used last."""
 
-    def worth(self, books: Books) -> Array:
+    def worth(self, books: UsageStats) -> Array:
         return books.last
 
 
@@ -161,7 +161,7 @@ class LRU(Ranking):
 class LFU(Ranking):
     """Keeps what was used most."""
 
-    def worth(self, books: Books) -> Array:
+    def worth(self, books: UsageStats) -> Array:
         return books.count
 
 
@@ -169,12 +169,12 @@ class LFU(Ranking):
 class LRU2(Ranking):
     """Keeps what was used twice in the shortest time (LRU-K, SIGMOD 1993)."""
 
-    def observe(self, books: Books, load: Load) -> None:
+    def observe(self, books: UsageStats, load: Load) -> None:
         e = load.experts
         older, newer = books.previous[load.layer, e], books.last[load.layer, e]
         books.score[load.layer, e] = older + 1e-9 * newer  # the last use breaks ties
 
-    def worth(self, books: Books) -> Array:
+    def worth(self, books: UsageStats) -> Array:
         return books.score
 
 
@@ -193,5 +193,5 @@ class Static(Ranking):
         if self.by not in ("frequency", "layer"):
             raise ConfigError(f'by must be "frequency" or "layer", got {self.by!r}')
 
-    def worth(self, books: Books) -> Array:
+    def worth(self, books: UsageStats) -> Array:
         return books.count

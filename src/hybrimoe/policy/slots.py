@@ -5,7 +5,7 @@ import numpy as np
 from hybrimoe.policy.jit import compiled, inlined, inner
 from hybrimoe.policy.timeline import Array
 
-RATE = 0.05  # weight of the newest step in Books.rate: the last twenty steps count most
+RATE = 0.05  # weight of the newest step in UsageStats.rate: the last twenty steps count most
 
 
 @compiled

@@ -18,6 +18,7 @@ from hybrimoe.config import Config
 from hybrimoe.errors import ConfigError, DeviceLostError, WrappedModelError
 from hybrimoe.kernels.cpu.run_layer import PackedLayer
 from hybrimoe.models.passes import DECODE_TOKENS, Pass
+from hybrimoe.models.routers import RouterProbe
 from hybrimoe.policy.cache import Cache
 from hybrimoe.policy.contest import Guard
 from hybrimoe.policy.cost import CostModel
@@ -29,7 +30,7 @@ from hybrimoe.policy.timeline import Lane, Span, Timeline
 from hybrimoe.runtime.devices.base import Accelerator
 from hybrimoe.runtime.devices.pinning import Pinned
 from hybrimoe.runtime.executor import TorchExecutor
-from hybrimoe.runtime.inputs import Intake
+from hybrimoe.runtime.inputs import LayerInputs
 from hybrimoe.runtime.meter import Step
 from hybrimoe.runtime.pool import ExpertPool
 from hybrimoe.runtime.slot_budget import Experts, reserve, slot_count
@@ -64,6 +65,7 @@ class Hybrid:
         kv: int = 0,
     ) -> None:
         self.pool, self.accelerator, self.is_closed = pool, accelerator, False
+        self.probes: list[RouterProbe] = []  # whose routers to read, one per layer
         self.policies = policies = config.policies()
         layers = [layer for layer in pool.layers if layer]
         sizes = np.array([layer.experts for layer in layers])
@@ -101,7 +103,7 @@ class Hybrid:
             raise
         self.counts = [LayerCounts() for _ in layers]
         self.meter.reset()
-        self.intake = Intake(accelerator, sizes.tolist())
+        self.inputs = LayerInputs(accelerator, sizes.tolist())
         self.passing: Pass | None = None  # the pass of the whole model that runs, if one does
         self._took = math.inf  # predicted seconds of the layer before
         self.lock = threading.Lock()  # the engine's books are shared by all callers
@@ -124,9 +126,9 @@ class Hybrid:
             )
         with self.lock:
             executor = self.executor
-            taken = self.memory.within(lambda: self.intake.take(layer, inputs, self._depth(layer)))
+            taken = self.memory.within(lambda: self.inputs.take(layer, inputs, self._depth(layer)))
             # Outside `within`: a call that is refused has touched no slot.
-            read = self.intake.read(layer, self.pool.layer(layer), taken, early)
+            read = self.inputs.read(layer, self.pool.layer(layer), taken, early)
             executor.call, load, executor.forecasts = read
             try:
                 before = self.engine.timeline.now
@@ -246,6 +248,15 @@ class Hybrid:
         with contextlib.suppress(DeviceLostError):
             self.accelerator.synchronize()
             self.meter.settle()
+
+    def attach(self) -> None:
+        """Read the routers of `probes` from now on."""
+        self.inputs.watch(self.probes)
+
+    def detach(self, attempts: Attempts) -> None:
+        """Read no router any more, and `close`."""
+        self.inputs.detach(attempts)
+        self.close(attempts)
 
     def close(self, attempts: Attempts | None = None) -> None:
         """Let go of the memory of both sides; the host's is about to be freed.

@@ -159,7 +159,7 @@ class TorchExecutor:
         if running.plan.cpu.size:
             meter.ran(cpu_span(load, running.plan, layer.layout.shards, started, computed))
         for partial, event in running.launches:
-            self.accelerator.follow(event)
+            self.accelerator.make_current_stream_wait(event)
             total = partial if total is None else total.add_(partial)
         self.out = total
         self.cpu_end = computed
@@ -170,8 +170,8 @@ class TorchExecutor:
     def _merge(self, launches: list[tuple[Tensor, Any]]) -> None:
         """Add the second oldest partial sum to the oldest, and let its memory go."""
         (total, first), (partial, second) = launches[:2]
-        self.accelerator.follow(first)
-        self.accelerator.follow(second)
+        self.accelerator.make_current_stream_wait(first)
+        self.accelerator.make_current_stream_wait(second)
         launches[:2] = [(total.add_(partial), second)]
 
     def rebuild(self, moves: list[Move]) -> None:
@@ -228,7 +228,7 @@ class TorchExecutor:
         first, last = move.first, layer.layout.shards if move.last < 0 else move.last
         blob, slot = layer.blobs[move.expert], -1
         if self.pool.tier is not None:
-            blob, slot = self.pool.tier.lend(move.layer, move.expert)
+            blob, slot = self.pool.tier.borrow(move.layer, move.expert)
         source = blob[first * size : last * size]
         # Hazard: the launch that read the slot's former expert may still run.
         after = [self.last_use[move.slot]] if self.last_use[move.slot] is not None else []
@@ -269,7 +269,7 @@ class TorchExecutor:
             return False
         if wait:
             self.accelerator.wait(self._lent[0][0])
-        self.pool.tier.give_back(self._lent.popleft()[1])
+        self.pool.tier.release(self._lent.popleft()[1])
         return True
 
     def _launch(self, load: Load, wave: dict[int, int], on_gpu: np.ndarray) -> tuple[Tensor, Any]:

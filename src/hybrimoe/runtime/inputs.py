@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hybrimoe.attachments import Hooks
+from hybrimoe.attempts import Attempts
 from hybrimoe.kernels.cpu.run_layer import PackedLayer, check_arguments
-from hybrimoe.models.routers import Seat, look_ahead
+from hybrimoe.models.routers import RouterProbe, look_ahead
 from hybrimoe.policy.router_output import NO_LOGITS, Scorings, read_forecast, read_load
 from hybrimoe.policy.routing import Forecast, Load
 from hybrimoe.runtime.devices.base import Accelerator
@@ -29,7 +31,7 @@ class Call(NamedTuple):
     early: Callable[[], None] | None = None
 
 
-class Taken(NamedTuple):
+class FetchedInputs(NamedTuple):
     """What one transfer brings of a call; on the host but for `hidden`, until the next transfer."""
 
     hidden: Tensor  # [T, D] where the model computes
@@ -38,7 +40,7 @@ class Taken(NamedTuple):
     ahead: list[tuple[int, Tensor, Tensor]]  # of later layers: which, ids [T, K], logits [T, E]
 
 
-class Intake:
+class LayerInputs:
     """Reads the routers of all layers, and fetches everything of one call at once.
 
     sizes: experts of each layer.
@@ -47,34 +49,33 @@ class Intake:
     def __init__(self, accelerator: Accelerator, sizes: list[int]) -> None:
         self.accelerator, self.sizes = accelerator, sizes
         self.experts = max(sizes)  # loads have as many scores as the policies' books
-        self.seats: list[Seat] = []
+        self.probes: list[RouterProbe] = []
         self.scorings = Scorings(len(sizes))
-        self._hooks: list[Any] = []
+        self._hooks = Hooks(lambda: [hook for probe in self.probes for hook in probe.watch()])
 
-    def watch(self, seats: list[Seat]) -> None:
+    def watch(self, probes: list[RouterProbe]) -> None:
         """From now on, read these routers, one per layer."""
-        self.seats = seats
-        self._hooks = [hook for seat in seats for hook in seat.watch()]
+        self.probes = probes
+        self._hooks.attach()
 
-    def close(self) -> None:
-        """Remove all hooks."""
-        for hook in self._hooks:
-            hook.remove()
-        self.seats, self._hooks = [], []
+    def detach(self, attempts: Attempts) -> None:
+        """Read no router any more."""
+        self._hooks.detach(attempts)
+        self.probes = []
 
-    def take(self, layer: int, inputs: tuple[Tensor, Tensor, Tensor], depth: int) -> Taken:
+    def take(self, layer: int, inputs: tuple[Tensor, Tensor, Tensor], depth: int) -> FetchedInputs:
         """Bring one call of a layer to the host: hidden states [T, D], ids [T, K], weights [T, K].
 
         depth: layers to forecast; none where the routers do not show themselves.
         """
         hidden, ids, weights = inputs
-        logits, ahead = self._ask(layer, ids, depth) if self.seats else (None, [])
+        logits, ahead = self._ask(layer, ids, depth) if self.probes else (None, [])
         said = [tensor for _, *pair in ahead for tensor in pair]
         shown = [] if logits is None else [logits]
         fetched = self.accelerator.fetch([ids, weights, hidden, *shown, *said])
         rest = fetched[3 + len(shown) :]
         targets = [target for target, _, _ in ahead]
-        return Taken(
+        return FetchedInputs(
             hidden,
             (fetched[0], fetched[1], fetched[2]),
             None if logits is None else fetched[3],
@@ -82,7 +83,11 @@ class Intake:
         )
 
     def read(
-        self, layer: int, packed: PackedLayer, taken: Taken, early: Callable[[], None] | None = None
+        self,
+        layer: int,
+        packed: PackedLayer,
+        taken: FetchedInputs,
+        early: Callable[[], None] | None = None,
     ) -> tuple[Call, Load, list[Forecast]]:
         """What was taken, as the policies read it; RoutingError before anything of it is used."""
         ids, weights, hidden = taken.inputs
@@ -105,14 +110,14 @@ class Intake:
     def _ask(
         self, layer: int, ids: Tensor, depth: int
     ) -> tuple[Tensor | None, list[tuple[int, Tensor, Tensor]]]:
-        seat = self.seats[layer]
+        probe = self.probes[layer]
         try:
-            place, logits = seat.take(ids, self.sizes[layer])
+            place, logits = probe.take(ids, self.sizes[layer])
             if logits is None or not depth:
                 return logits, []
-            return logits, look_ahead(self.seats, layer, place, depth, self.sizes)
+            return logits, look_ahead(self.probes, layer, place, depth, self.sizes)
         finally:
-            seat.forget()
+            probe.forget()
 
 
 def as_array(tensor: Tensor, dtype: torch.dtype = torch.float32) -> np.ndarray:
@@ -137,16 +142,20 @@ DEPTH = 1
 """Layers to look ahead: while one computes, a disk brings about what the next one lacks."""
 
 
-class Foresight:
+class RouterLookahead:
     """Asks routers early, so that the disk is read before experts are needed.
 
-    seats: one per layer. sizes: experts of each layer.
+    probes: one per layer. sizes: experts of each layer.
     """
 
-    def __init__(self, seats: list[Seat], sizes: list[int]) -> None:
-        self.seats, self.sizes = seats, sizes
-        self._scorings = Scorings(len(seats))
-        self._hooks: list[Any] = [hook for seat in seats for hook in seat.watch()]
+    def __init__(self, probes: list[RouterProbe], sizes: list[int]) -> None:
+        self.probes, self.sizes = probes, sizes
+        self._scorings = Scorings(len(probes))
+        self._hooks = Hooks(lambda: [hook for probe in self.probes for hook in probe.watch()])
+
+    def attach(self) -> None:
+        """Read the routers from now on."""
+        self._hooks.attach()
 
     def forecasts(self, layer: int, ids: Tensor, weights: Tensor) -> list[Forecast]:
         """Forecasts of the layers after one that was called with ids [T, K] and weights [T, K].
@@ -154,10 +163,10 @@ class Foresight:
         None where its router does not show itself, or where so many tokens come that the next layer
         will ask for most of its experts.
         """
-        place, logits = self.seats[layer].take(ids, self.sizes[layer])
+        place, logits = self.probes[layer].take(ids, self.sizes[layer])
         if logits is None or 2 * ids.numel() > self.sizes[layer]:
             return []
-        ahead = look_ahead(self.seats, layer, place, DEPTH, self.sizes)
+        ahead = look_ahead(self.probes, layer, place, DEPTH, self.sizes)
         called = _on_host(logits), _on_host(ids, torch.int64), _on_host(weights)
         how = self._scorings.of(layer, *called)
         return [
@@ -167,12 +176,11 @@ class Foresight:
 
     def forget(self, layer: int) -> None:
         """The layer has run: let go of what its router was called with."""
-        self.seats[layer].forget()
+        self.probes[layer].forget()
 
-    def close(self) -> None:
-        """Remove all hooks."""
-        while self._hooks:
-            self._hooks.pop().remove()
+    def detach(self, attempts: Attempts) -> None:
+        """Read no router any more."""
+        self._hooks.detach(attempts)
 
 
 def _on_host(tensor: Tensor, dtype: torch.dtype = torch.float32) -> np.ndarray:

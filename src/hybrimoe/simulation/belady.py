@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from hybrimoe.errors import PolicyError
-from hybrimoe.policy.rankings import Books, Ranking
+from hybrimoe.policy.rankings import Ranking, UsageStats
 from hybrimoe.policy.routing import Load
 from hybrimoe.policy.timeline import Array
 from hybrimoe.simulation.trace import RoutingTrace
@@ -34,7 +34,7 @@ class Belady(Ranking):
                 used[step, load.layer, : load.experts.size] = load.experts
         return cls(scope=scope, used=used, future=_next_uses(used, trace.experts))
 
-    def observe(self, books: Books, load: Load) -> None:
+    def observe(self, books: UsageStats, load: Load) -> None:
         step = int(books.steps[load.layer]) - 1
         if step >= len(self.used):
             raise PolicyError(f"Belady knows {len(self.used)} steps and met step {step}")
@@ -44,7 +44,7 @@ class Belady(Ranking):
         kept = used >= 0
         books.score[load.layer, used[kept]] = -self.future[step, load.layer, kept]
 
-    def worth(self, books: Books) -> Array:
+    def worth(self, books: UsageStats) -> Array:
         return books.score
 
 

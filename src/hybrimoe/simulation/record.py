@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hybrimoe.errors import ConfigError, TraceError
 from hybrimoe.models.adapters import FoundExperts, find_experts
 from hybrimoe.models.passes import read_pass
-from hybrimoe.models.routers import look_ahead, seats_of
+from hybrimoe.models.routers import look_ahead, probes_of
 from hybrimoe.modules.pooled_experts import PooledExperts
 from hybrimoe.policy.router_output import read_forecast
 from hybrimoe.policy.routing import Forecast
@@ -71,7 +71,7 @@ class _Recording:
         self, model: nn.Module, found: list[tuple[FoundExperts, nn.Module]], depth: int
     ) -> None:
         self.found, self.depth = found, depth
-        self.seats = seats_of(model, [experts.name for experts, _ in found])
+        self.probes = probes_of(model, [experts.name for experts, _ in found])
         self.sizes = [_sizes(*layer)[0] for layer in found]
         self.experts = max(self.sizes)
         self.model = model_name(model)
@@ -83,7 +83,7 @@ class _Recording:
 
     def watch(self, model: nn.Module) -> list[Any]:
         """Install all hooks and return them."""
-        hooks: list[Any] = [hook for seat in self.seats for hook in seat.watch()]
+        hooks: list[Any] = [hook for probe in self.probes for hook in probe.watch()]
         for layer, (_, module) in enumerate(self.found):
             hooks.append(module.register_forward_pre_hook(self._routed(layer), with_kwargs=True))
         hooks.append(model.register_forward_pre_hook(self._enter, with_kwargs=True))
@@ -121,18 +121,18 @@ class _Recording:
         return seen
 
     def _read(self, layer: int, ids: Tensor, weights: Tensor) -> _Layer:
-        place, logits = self.seats[layer].take(ids, self.sizes[layer])
+        place, logits = self.probes[layer].take(ids, self.sizes[layer])
         order = weights.float().argsort(dim=1, descending=True, stable=True)
         best, scores = ids.gather(1, order), weights.float().gather(1, order)
         forecasts: list[Forecast] = []
         if logits is not None:
             best, scores = _with_others(best, scores, logits.float())
-            ahead = look_ahead(self.seats, layer, place, self.depth, self.sizes)
+            ahead = look_ahead(self.probes, layer, place, self.depth, self.sizes)
             forecasts = [
                 read_forecast(target, as_array(chosen.cpu(), torch.int64), as_array(said.cpu()))
                 for target, chosen, said in ahead
             ]
-        self.seats[layer].forget()
+        self.probes[layer].forget()
         return _Layer(best.cpu().numpy(), scores.cpu().numpy(), ids.shape[1], forecasts)
 
     def _leave(self, model: nn.Module, args: Any, output: Any) -> None:

@@ -17,7 +17,7 @@ from hybrimoe.errors import CheckpointError
 from hybrimoe.models.releases import CONVERTER_STATE
 from hybrimoe.sources.quantized import PLAIN
 from hybrimoe.sources.safetensors import Reader
-from hybrimoe.sources.sink import Arrivals
+from hybrimoe.sources.sink import ExpertSink
 from hybrimoe.sources.stored_numbers import quantized_tensor
 
 
@@ -54,7 +54,7 @@ class PackingConverter(WeightConverter):  # type: ignore[misc]
                 setattr(new, name, getattr(other, name))
         return new
 
-    def _sharing(self, arrivals: Arrivals, reader: Reader | None, promised: set[str]) -> Any:
+    def _sharing(self, arrivals: ExpertSink, reader: Reader | None, promised: set[str]) -> Any:
         self.arrivals, self.reader, self.promised = arrivals, reader, promised
         self.keys: dict[str, list[str]] = {}
         return self

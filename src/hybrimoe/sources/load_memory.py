@@ -96,7 +96,7 @@ def largest_budget(footprint: Footprint, weights: str, room: int, running: int =
     return f"{left}MiB" if left > least else None
 
 
-def own_memory(model: nn.Module) -> None:
+def copy_mapped_tensors(model: nn.Module) -> None:
     """Copy what the loader left in a map of the file: such memory dies with the file (SIGBUS)."""
     moved: dict[int, torch.Tensor] = {}
     for tensor in (*model.parameters(), *model.buffers()):

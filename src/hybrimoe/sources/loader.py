@@ -29,14 +29,14 @@ from hybrimoe.models.adapters import FoundExperts, find_experts
 from hybrimoe.modules.pooled_experts import PooledExperts
 from hybrimoe.runtime.disk.open import WeightsOf
 from hybrimoe.sources.converters import PackingConverter
-from hybrimoe.sources.load_memory import ensure_fits, own_memory
+from hybrimoe.sources.load_memory import copy_mapped_tensors, ensure_fits
 from hybrimoe.sources.missing import Missing
 from hybrimoe.sources.packed.folder import PackedFolder
 from hybrimoe.sources.packed.linears import StoredLinear
 from hybrimoe.sources.packed.source import PackedConfig, check_dtype, open_packed
 from hybrimoe.sources.quantized import refuse_declared
 from hybrimoe.sources.safetensors import Reader, dtypes_in, examine_files
-from hybrimoe.sources.sink import Arrivals
+from hybrimoe.sources.sink import ExpertSink
 from hybrimoe.sources.stored_numbers import ensure_plain
 
 
@@ -75,7 +75,7 @@ class Source(Protocol):
     def prepare(self, model: Any) -> Sequence[StoredLinear]:
         """Dense layers of a model on the meta device that do not come through the loader either."""
 
-    def fill(self, arrivals: Arrivals) -> None:
+    def fill(self, arrivals: ExpertSink) -> None:
         """Read all experts into the pool."""
 
     def settle(self, model: Any) -> None:
@@ -128,7 +128,7 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
         else:
             self.packed, self.config = quantization_config, quantization_config.config
         self.session: Session | None = None
-        self.arrivals: Arrivals | None = None
+        self.arrivals: ExpertSink | None = None
         self.reader: Reader | None = None
         self.missing: Missing | None = None
         self.linears: Sequence[StoredLinear] = ()
@@ -196,10 +196,10 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
                 self.session.make_room()
             for experts in found:
                 self.session.pack(experts, None if kept is None else kept(experts.name))
-        self.arrivals = Arrivals(self.session.layers)
+        self.arrivals = ExpertSink(self.session.layers)
         if self.packed is not None:
             self.packed.fill(self.arrivals)
-            self.arrivals.stand_aside()
+            self.arrivals.skip_in_loader()
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         """Converters for all that may hold experts.
@@ -236,7 +236,7 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
         if self.packed is not None:
             self.packed.settle(model)
         if self.packed is None or self.packed.keeps_files:
-            own_memory(model)
+            copy_mapped_tensors(model)
         conversions = getattr(model, "_weight_conversions", None) or []
         model._weight_conversions = [
             conversion for conversion in conversions if not isinstance(conversion, PackingConverter)

@@ -18,26 +18,26 @@ from hybrimoe.sources.packed.folder import PackedFolder, is_packed
 TABLE = "transformers.quantizers.auto"
 
 
-def announce(make_known: Callable[[], None]) -> None:
+def announce(register_quantizer: Callable[[], None]) -> None:
     """Register now if transformers' quantizers are imported, else when they are.
 
-    make_known: gives transformers the loader itself, before the first model is loaded by it.
+    register_quantizer: gives transformers the loader itself, before the first model is loaded by it.
     """
     table = sys.modules.get(TABLE)
     if table is not None and hasattr(table, "AutoHfQuantizer"):
-        register(table, make_known)
+        register(table, register_quantizer)
     if not any(isinstance(finder, _Waiting) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Waiting(make_known))
+        sys.meta_path.insert(0, _Waiting(register_quantizer))
 
 
-def register(table: Any, make_known: Callable[[], None]) -> None:
+def register(table: Any, register_quantizer: Callable[[], None]) -> None:
     """Make transformers' quantizers know packed folders and ask us first; again changes nothing."""
     if METHOD in table.AUTO_QUANTIZATION_CONFIG_MAPPING:
         return
 
     def make_quantizer(config: Any, **how: Any) -> Any:
         # Ours needs much of transformers, which is not imported yet when the table is.
-        make_known()
+        register_quantizer()
         return table.AUTO_QUANTIZER_MAPPING[METHOD](config, **how)
 
     table.AUTO_QUANTIZER_MAPPING.setdefault(METHOD, make_quantizer)
@@ -73,8 +73,8 @@ def _ask_first(table: Any) -> None:
 class _Waiting:
     """A finder that finds nothing itself: it has `register` called after one module is executed."""
 
-    def __init__(self, make_known: Callable[[], None]) -> None:
-        self.make_known = make_known
+    def __init__(self, register_quantizer: Callable[[], None]) -> None:
+        self.register_quantizer = register_quantizer
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> Any:
         if name != TABLE:
@@ -87,7 +87,7 @@ class _Waiting:
 
             def execute_and_register(module: ModuleType) -> None:
                 execute(module)
-                register(module, self.make_known)
+                register(module, self.register_quantizer)
 
             spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec

@@ -35,7 +35,7 @@ Fill = Callable[[Tensor, int], None]
 """fill(out [n, ...], first): out = parameter[first : first + n]."""
 
 
-class Arrivals:
+class ExpertSink:
     """Where the loader hands over what it reads; `finish` when it has read everything.
 
     layers: made from experts on the meta device; their blobs are filled here.
@@ -105,7 +105,7 @@ class Arrivals:
         target = self.targets.get(full_name)
         return target is not None and target.role < 2 and target.layer.found.is_decorated
 
-    def stand_aside(self) -> None:
+    def skip_in_loader(self) -> None:
         """The blobs were filled by others: the loader must not look for these parameters."""
         for layer in self.layers:
             layer.original._is_hf_initialized = True

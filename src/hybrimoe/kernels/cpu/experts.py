@@ -29,9 +29,9 @@ from hybrimoe.simd.vectors import (
 )
 
 T1, T2, T4, T8 = (Tag("tokens", n) for n in (1, 2, 4, 8))
-DEEPEST = 8
+MAX_TILE_TOKENS = 8
 """Tokens of the deepest tile: 8 float and 8 integer sums fill half of AVX-512's 32 registers."""
-UP_AT = DEEPEST * 32
+UP_AT = MAX_TILE_TOKENS * 32
 """Where `Scratch.block` keeps the up rows; the gate rows come first."""
 
 
@@ -46,7 +46,7 @@ class Scratch(NamedTuple):
     x: np.ndarray  # [T * activation_bytes(D)] uint8, as the format of gate and up wants it
     h: np.ndarray  # [P * activation_bytes(F)] uint8, as the format of down wants it
     sums: np.ndarray  # [T, D] float32
-    block: np.ndarray  # [threads, 2 * DEEPEST * 32] float32
+    block: np.ndarray  # [threads, 2 * MAX_TILE_TOKENS * 32] float32
 
 
 class Strides(NamedTuple):
@@ -185,7 +185,7 @@ def deepest(left):
 
 @inlined
 def gate_up(tag, isa, fmt, layout, strides, blobs, at, g, p, block, scratch):
-    """Gate and up rows, [2, DEEPEST, 32] float32, of the pairs p, p + 1, ... into `block`."""
+    """Gate and up rows, [2, MAX_TILE_TOKENS, 32] float32, of the pairs p, p + 1, ... into `block`."""
     x = token_rows(tag, scratch.x, scratch.token, p, strides.x)
     blob = blobs.reshape(-1)
     for half in range(2):

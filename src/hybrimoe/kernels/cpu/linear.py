@@ -13,7 +13,7 @@ import numpy as np
 from hybrimoe.formats.base import GROUP, LINE, ROWS
 from hybrimoe.formats.layout import Layout
 from hybrimoe.formats.registry import TAGS, activation_bytes, named, quantize, rows
-from hybrimoe.kernels.cpu.experts import DEEPEST, T1, T2, T4, T8, deepest
+from hybrimoe.kernels.cpu.experts import MAX_TILE_TOKENS, T1, T2, T4, T8, deepest
 from hybrimoe.kernels.cpu.run_layer import SMALL, check_array
 from hybrimoe.kernels.cpu.workspace import Workspace
 from hybrimoe.simd.dtypes import DTYPES, narrow, widen
@@ -39,7 +39,7 @@ class Buffers(NamedTuple):
     counters: np.ndarray  # [8] int64: the next token, worker and tile
     x: np.ndarray  # [T * activation_bytes(K)] uint8
     floats: np.ndarray  # [threads, K padded] float32
-    block: np.ndarray  # [threads, DEEPEST * 16] float32
+    block: np.ndarray  # [threads, MAX_TILE_TOKENS * 16] float32
 
 
 def matrix_layout(fmt: str, outputs: int, inputs: int) -> Layout:
@@ -63,7 +63,7 @@ def prepare(
         np.zeros(8, np.int64),
         take("x", tokens * size, np.uint8),
         take("floats", threads * layout.width, np.float32).reshape(threads, -1),
-        take("block", threads * DEEPEST * ROWS, np.float32).reshape(threads, -1),
+        take("block", threads * MAX_TILE_TOKENS * ROWS, np.float32).reshape(threads, -1),
     )
     return threads, chunk, buffers
 
@@ -132,13 +132,13 @@ def rows_worker(isa, fmt, dtype, chunk, layout, stride, blob, bias, out, buffers
             while t < tokens:
                 depth = deepest(tokens - t)
                 if depth == 8:
-                    sixteen(T8, isa, fmt, layout, stride, blob, bias, b, t, block, buffers)
+                    sixteen_rows(T8, isa, fmt, layout, stride, blob, bias, b, t, block, buffers)
                 elif depth == 4:
-                    sixteen(T4, isa, fmt, layout, stride, blob, bias, b, t, block, buffers)
+                    sixteen_rows(T4, isa, fmt, layout, stride, blob, bias, b, t, block, buffers)
                 elif depth == 2:
-                    sixteen(T2, isa, fmt, layout, stride, blob, bias, b, t, block, buffers)
+                    sixteen_rows(T2, isa, fmt, layout, stride, blob, bias, b, t, block, buffers)
                 else:
-                    sixteen(T1, isa, fmt, layout, stride, blob, bias, b, t, block, buffers)
+                    sixteen_rows(T1, isa, fmt, layout, stride, blob, bias, b, t, block, buffers)
                 for i in range(depth):
                     for n in range(b * 16, min(b * 16 + 16, out.shape[1])):
                         out[t + i, n] = narrow(dtype, block[i * 16 + n - b * 16])
@@ -147,7 +147,7 @@ def rows_worker(isa, fmt, dtype, chunk, layout, stride, blob, bias, out, buffers
 
 
 @inlined
-def sixteen(tag, isa, fmt, layout, stride, blob, bias, b, t, block, buffers):
+def sixteen_rows(tag, isa, fmt, layout, stride, blob, bias, b, t, block, buffers):
     """Sixteen rows times a few tokens into `block`."""
     x = following_rows(tag, buffers.x, t, stride)
     start = no_floats()

@@ -10,7 +10,13 @@ from hybrimoe.errors import RoutingError
 from hybrimoe.formats.gate import Gate
 from hybrimoe.formats.layout import Layout, split
 from hybrimoe.formats.registry import TAGS, activation_bytes
-from hybrimoe.kernels.cpu.experts import DEEPEST, Scratch, Strides, ids_in_range, run_experts
+from hybrimoe.kernels.cpu.experts import (
+    MAX_TILE_TOKENS,
+    Scratch,
+    Strides,
+    ids_in_range,
+    run_experts,
+)
 from hybrimoe.kernels.cpu.workspace import Workspace
 from hybrimoe.simd.dtypes import DTYPES
 from hybrimoe.simd.isa import HOST_ISA, ISA_TAGS
@@ -75,7 +81,7 @@ def prepare(workspace: Workspace, layer: PackedLayer, tokens: int, k: int, threa
         take("x", tokens * x, np.uint8),
         take("h", tokens * k * h, np.uint8),
         take("sums", tokens * layout.hidden, np.float32).reshape(tokens, layout.hidden),
-        take("block", threads * DEEPEST * 64, np.float32).reshape(threads, -1),
+        take("block", threads * MAX_TILE_TOKENS * 64, np.float32).reshape(threads, -1),
     )
     place = np.arange(experts, dtype=np.int32)
     return Launch(threads, Strides(x, h, chunk), shards, place, scratch)

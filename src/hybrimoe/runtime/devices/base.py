@@ -69,7 +69,7 @@ class Accelerator(Protocol):
     def upload(self, array: np.ndarray) -> Tensor:
         """What `buffer` returned, on the compute device; the host does not wait for it."""
 
-    def follow(self, event: Any) -> None:
+    def make_current_stream_wait(self, event: Any) -> None:
         """What torch computes from now on sees what came before an event; waits only if it must."""
 
     def wait(self, event: Any) -> None:

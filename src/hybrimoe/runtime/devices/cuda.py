@@ -160,7 +160,7 @@ class TorchAccelerator:
     def upload(self, array: np.ndarray) -> Tensor:
         return self.staging.upload(array)
 
-    def follow(self, event: Work) -> None:
+    def make_current_stream_wait(self, event: Work) -> None:
         """Experts are computed on torch's own stream: whatever it does next comes after them."""
 
     @typed

@@ -129,7 +129,7 @@ class EmulatedAccelerator:
         self._report("upload")
         return torch.from_numpy(array)
 
-    def follow(self, event: _Operation) -> None:
+    def make_current_stream_wait(self, event: _Operation) -> None:
         self.wait(event)  # torch computes on the host, which knows nothing of the streams here
 
     def wait(self, event: _Operation) -> None:

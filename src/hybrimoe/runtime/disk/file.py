@@ -28,7 +28,7 @@ DIRECT = getattr(os, "O_DIRECT", 0)
 IN_MEMORY = ("tmpfs", "ramfs", "hugetlbfs")
 
 
-class Place(NamedTuple):
+class LayerExtent(NamedTuple):
     """One layer's experts in a file: expert e begins at `offset` + e * `stride`."""
 
     file: int
@@ -39,7 +39,7 @@ class Place(NamedTuple):
     expert_bytes: int
 
 
-class Backing:
+class ExpertFile:
     """The files behind the layers of one model. Close it when the model is done.
 
     folder: where the temporary file goes; None is the system's folder for such files.
@@ -47,10 +47,10 @@ class Backing:
 
     def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
         self.folder = Path(folder if folder is not None else tempfile.gettempdir())
-        self.places: dict[int, Place] = {}
+        self.places: dict[int, LayerExtent] = {}
         self.is_direct = bool(DIRECT)  # until a file refuses
-        self._below: dict[int, Place] = {}  # where layers lie that another version covers
-        self._rooms: dict[int, Place] = {}  # where such versions are written
+        self._below: dict[int, LayerExtent] = {}  # where layers lie that another version covers
+        self._rooms: dict[int, LayerExtent] = {}  # where such versions are written
         self._files: list[int] = []
         self._spill: int | None = None
         self._end = 0
@@ -85,7 +85,7 @@ class Backing:
         """Append a layer's blobs [E, expert_bytes] to the temporary file; StorageError if it is full."""
         assert self._spill is not None, "make_room comes first"
         experts, size = blobs.shape
-        place = Place(
+        place = LayerExtent(
             self._spill, f"{self.folder}/(experts)", self._end, padded(size), experts, size
         )
         self._write(place, blobs)
@@ -130,7 +130,7 @@ class Backing:
         except OSError as error:
             raise DiskReadError(f"{os.strerror(error.errno or 0)} when opened", path) from error
         self._files.append(file)
-        self.places[layer] = Place(file, str(path), offset, blobs.shape[1], *blobs.shape)
+        self.places[layer] = LayerExtent(file, str(path), offset, blobs.shape[1], *blobs.shape)
 
     def open_direct(self) -> None:
         """From now on, reads go past the page cache; where a file system refuses, they leave none.
@@ -173,7 +173,7 @@ class Backing:
     def __del__(self) -> None:
         self.close()
 
-    def _further_room(self, experts: int, size: int) -> Place:
+    def _further_room(self, experts: int, size: int) -> LayerExtent:
         """Room in the temporary file behind all that is there; it is created if need be."""
         nbytes, free = experts * padded(size), shutil.disk_usage(self.folder).free
         if self._spill is None:
@@ -185,11 +185,11 @@ class Backing:
             )
         assert self._spill is not None
         name = f"{self.folder}/(experts)"
-        place = Place(self._spill, name, self._end, padded(size), experts, size)
+        place = LayerExtent(self._spill, name, self._end, padded(size), experts, size)
         self._end += nbytes
         return place
 
-    def _write(self, place: Place, blobs: np.ndarray) -> None:
+    def _write(self, place: LayerExtent, blobs: np.ndarray) -> None:
         try:
             for e in range(place.experts):
                 _write_at(place.file, blobs[e], place.offset + e * place.stride)
@@ -198,7 +198,7 @@ class Backing:
             raise StorageError(f"spill={str(self.folder)!r} cannot be written: {error}") from error
         _forget(place.file, place.offset, place.experts * place.stride)
 
-    def _read(self, place: Place, start: int, size: int, out: np.ndarray) -> int:
+    def _read(self, place: LayerExtent, start: int, size: int, out: np.ndarray) -> int:
         if not self.is_direct:
             self._pread(place, out[:size], start, size)
             _forget(place.file, start, size)
@@ -213,7 +213,7 @@ class Backing:
         out[:size] = bounce[skip : skip + size]
         return whole
 
-    def _pread(self, place: Place, out: np.ndarray, start: int, least: int) -> None:
+    def _pread(self, place: LayerExtent, out: np.ndarray, start: int, least: int) -> None:
         """At least the first `least` bytes of `out`; a direct read may ask for some behind the end."""
         try:
             done = (

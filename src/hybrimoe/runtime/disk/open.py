@@ -8,7 +8,7 @@ from torch import nn
 
 from hybrimoe.config import Config
 from hybrimoe.models.adapters import FoundExperts, top_k_of
-from hybrimoe.runtime.disk.file import Backing
+from hybrimoe.runtime.disk.file import ExpertFile
 from hybrimoe.runtime.disk.sizes import packed_sizes, tier_sizes
 from hybrimoe.runtime.disk.tier import DiskTier
 
@@ -37,4 +37,4 @@ def open_tier(
     sizes = tier_sizes(config.ram, layers, top_k)
     if sizes is None:
         return None
-    return DiskTier(sizes, top_k, Backing(config.spill), config.trace)
+    return DiskTier(sizes, top_k, ExpertFile(config.spill), config.trace)

@@ -26,7 +26,7 @@ from hybrimoe.policy.forecasts import Markov, Trust
 from hybrimoe.policy.rankings import NextToken
 from hybrimoe.policy.routing import Forecast, Load
 from hybrimoe.policy.timeline import Lane, Span, Timeline
-from hybrimoe.runtime.disk.file import Backing
+from hybrimoe.runtime.disk.file import ExpertFile
 from hybrimoe.runtime.disk.job import Job, in_float32, load_of, narrow, shards_of
 from hybrimoe.runtime.disk.reader import Read, Reader
 from hybrimoe.runtime.disk.sizes import TierSizes
@@ -49,7 +49,9 @@ class DiskTier:
     trace: keep the span of every read.
     """
 
-    def __init__(self, sizes: TierSizes, top_k: int, backing: Backing, trace: bool = False) -> None:
+    def __init__(
+        self, sizes: TierSizes, top_k: int, backing: ExpertFile, trace: bool = False
+    ) -> None:
         layers, experts = len(sizes.experts), np.array(sizes.experts)
         top_k = min(top_k, max(sizes.experts))
         self.sizes, self.backing = sizes, backing
@@ -121,8 +123,8 @@ class DiskTier:
             if self._has_slot(layer, expert, None):
                 self._ensure(layer, expert, urgent=False)
 
-    def lend(self, layer: int, expert: int) -> tuple[np.ndarray, int]:
-        """An expert's bytes, and the slot to `give_back` when nobody reads them any more."""
+    def borrow(self, layer: int, expert: int) -> tuple[np.ndarray, int]:
+        """An expert's bytes, and the slot to `release` when nobody reads them any more."""
         with self._entered():
             held: set[int] = set()
             try:
@@ -134,8 +136,8 @@ class DiskTier:
             self._lent.append(slot)
             return self.slab[slot], slot
 
-    def give_back(self, slot: int) -> None:
-        """The reverse of `lend`."""
+    def release(self, slot: int) -> None:
+        """The reverse of `borrow`."""
         with self._lock:
             self._lent.remove(slot)
             self.cache.release(np.array([slot]))
@@ -143,7 +145,7 @@ class DiskTier:
     def blobs(self, layer: int, below: bool = False) -> np.ndarray:
         """All experts of a layer, [E, expert_bytes] uint8, in memory of their own.
 
-        below: without what `Backing.cover` has put above them.
+        below: without what `ExpertFile.cover` has put above them.
         """
         return self.backing.layer(layer, self.empty(layer), below)
 

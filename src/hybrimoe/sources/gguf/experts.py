@@ -33,7 +33,7 @@ from hybrimoe.modules.pooled_experts import PooledExperts
 from hybrimoe.simd.threads import launch
 from hybrimoe.sources.gguf.layout import Matrices, Matrix
 from hybrimoe.sources.safetensors import bytes_of
-from hybrimoe.sources.sink import Arrivals
+from hybrimoe.sources.sink import ExpertSink
 
 logger = logging.getLogger("hybrimoe")
 OWN = {fmt.ggml_type: fmt.name for fmt in FORMATS.values() if fmt.ggml_type is not None}
@@ -92,7 +92,7 @@ class ExpertsReader:
     dequantize: Dequantize
     roundings: dict[str, Rounding] = field(default_factory=dict)
 
-    def fill(self, arrivals: Arrivals, progress: Callable[[int], object]) -> None:
+    def fill(self, arrivals: ExpertSink, progress: Callable[[int], object]) -> None:
         """Pack every layer of `arrivals`; progress: told the bytes of the file that are done."""
         with ExitStack() as stack:
             files = _Files(stack)
@@ -107,7 +107,7 @@ class ExpertsReader:
             )
 
     def _fill_layer(
-        self, files: _Files, arrivals: Arrivals, layer: PooledExperts, matrices: Matrices
+        self, files: _Files, arrivals: ExpertSink, layer: PooledExperts, matrices: Matrices
     ) -> None:
         if is_integer(layer.packed.fmt):
             for at, matrix in enumerate(matrices):
@@ -193,7 +193,7 @@ class _Files:
         return self._open[path]
 
 
-def _stream(files: _Files, arrivals: Arrivals, layer: PooledExperts, matrices: Matrices) -> None:
+def _stream(files: _Files, arrivals: ExpertSink, layer: PooledExperts, matrices: Matrices) -> None:
     """Experts in plain numbers, into the dtype of the model."""
     inner = matrices.gate.shape[1]
     up, down = list(layer.shapes)

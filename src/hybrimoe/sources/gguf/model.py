@@ -37,7 +37,7 @@ from hybrimoe.sources.gguf.header import GgufHeader
 from hybrimoe.sources.gguf.layout import Layout, Matrices, layout_of
 from hybrimoe.sources.gguf.metadata import check_metadata, fields_of
 from hybrimoe.sources.gguf.parts import part_names, read_gguf
-from hybrimoe.sources.sink import Arrivals
+from hybrimoe.sources.sink import ExpertSink
 
 FAMILIES = {"qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe"}
 """Architectures that transformers maps, changing no number on the way: their `model_type`."""
@@ -76,7 +76,7 @@ class GgufSource:
         """No dense layers lie there packed as ours are."""
         return ()
 
-    def fill(self, arrivals: Arrivals) -> None:
+    def fill(self, arrivals: ExpertSink) -> None:
         """Read all experts into the pool."""
         total = sum(tensor.nbytes for layer in self.reader.layers.values() for tensor in layer)
         bar = tqdm(total=total, desc="Reading experts", unit="B", unit_scale=True)

@@ -33,7 +33,7 @@ class StoredLinear(NamedTuple):
     checksum: int
     blob: np.ndarray
 
-    def stand_aside(self) -> None:
+    def skip_in_loader(self) -> None:
         """Have the loader neither look for the weight nor make one up; a tied one is the embedding's."""
         if not self.found.tied:
             self.found.module._is_hf_initialized = True  # type: ignore[assignment]

@@ -14,7 +14,7 @@ from hybrimoe.models.weights import choice_of
 from hybrimoe.sources.packed.files import check_dense, fill
 from hybrimoe.sources.packed.linears import StoredLinear, name_in, open_linears
 from hybrimoe.sources.packed.manifest import DENSE, linear_of
-from hybrimoe.sources.sink import Arrivals
+from hybrimoe.sources.sink import ExpertSink
 
 Bar = Callable[[str, int], AbstractContextManager[Any]]
 """A progress bar, of a description and a number of bytes."""
@@ -62,10 +62,10 @@ class PackedConfig:
         self.linears.extend(open_linears(model, self.manifest, self.folder))
         self.manifest = named_as_in(model, self.manifest)
         for linear in self.linears:
-            linear.stand_aside()
+            linear.skip_in_loader()
         return self.linears
 
-    def fill(self, arrivals: Arrivals) -> None:
+    def fill(self, arrivals: ExpertSink) -> None:
         """Read all blobs, and compare their checksums."""
         layers = arrivals.layers
         total = sum(layer.packed.blobs.nbytes for layer in layers)
