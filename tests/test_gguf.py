@@ -273,7 +273,7 @@ def test_gate_and_up_of_different_types_are_rounded_to_int8_with_a_warning(write
 def test_floats_cannot_be_packed_as_k_types():
     layout = expert_layout("q4_k", 256, 256, True, False)
     weights = ExpertWeights(torch.zeros(1, 2, 256, 256), torch.zeros(1, 256, 256), Gate(0))
-    with pytest.raises(FormatError, match="only if a GGUF file holds them so"):
+    with pytest.raises(FormatError, match="only when loading a GGUF file that stores it"):
         formats.pack("q4_k", layout, weights, np.zeros((1, layout.expert_bytes), np.uint8))
 
 

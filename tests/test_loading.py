@@ -128,7 +128,7 @@ def test_per_expert_tensors_are_read_a_few_at_a_time_and_never_merged(monkeypatc
 
     monkeypatch.setattr(ExpertSink, "stream", watched)
     monkeypatch.setattr(ExpertSink, "accept", lambda *a: (merged.append(a[1]), accept(*a)))
-    monkeypatch.setattr("hybrimoe.models.bytes.STAGING_BYTES", 3 * 2 * 32 * 64 * 2)
+    monkeypatch.setattr("hybrimoe.sources.sink.STAGING_BYTES", 3 * 2 * 32 * 64 * 2)
     loaded = hybrimoe.from_pretrained(small, weights="native")
 
     assert merged == []

@@ -55,7 +55,10 @@ def test_plan_of_what_does_not_fit_ends_with_code_1(capsys):
         (["plan", TINY, "--context", "0"], "must be a whole number of at least 1"),
         (["plan"], "the following arguments are required: NAME"),
         (["generate", TINY], "required: --prompt"),
-        (["generate", TINY, "--prompt", "x", "--weights", "int2"], "invalid choice: 'int2'"),
+        (
+            ["generate", TINY, "--prompt", "x", "--weights", "int2"],
+            "must be one of native, int8, int4",
+        ),
         (["bench", TINY, "--rounds", "none"], "must be a whole number of at least 1, got 'none'"),
     ],
 )

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from hybrimoe.calibration.pool_cost import cost_of
 from hybrimoe.config import Config
 from hybrimoe.errors import InsufficientMemoryError
 from hybrimoe.formats.gate import NAMES, Gate
@@ -53,7 +54,8 @@ class Machine(RuleBasedStateMachine):
         self.size = POOL.layer(0).layout.expert_bytes
         self.accelerator = EmulatedAccelerator(seed=seed, fault=self.fault)
         config = Config(device="emulated", preset=preset, vram=slots * self.size)
-        self.hybrid = Hybrid(POOL, config, self.accelerator, TOP_K, threads=1)
+        cost = cost_of(POOL, self.accelerator, threads=1)
+        self.hybrid = Hybrid(POOL, config, self.accelerator, cost, TOP_K, threads=1)
         self.layer = 0
 
     def fault(self, operation: str) -> None:

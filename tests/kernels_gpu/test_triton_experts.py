@@ -12,12 +12,13 @@ import torch
 from gpu_cases import BOUNDS, SILU, Case, compute, error, grid, layer_of, make_batch, partial_sum
 
 from hybrimoe.formats.layout import expert_layout
+from hybrimoe.formats.registry import named
 from hybrimoe.kernels.gpu import triton_experts
 from hybrimoe.kernels.gpu.triton_experts import (
     BLOCKS,
     GROUPS,
+    IN_FLIGHT,
     TILES,
-    UNITS,
     TritonMissingError,
     available,
     run,
@@ -88,7 +89,7 @@ def test_compiles_without_spills(name, capability):
             tile = {"TILE": size, "BLOCKS": BLOCKS, "GROUPS": GROUPS, "PRECISION": precision}
             assert spilled(name, capability, {"x": dtype, "h": dtype}, tile, warps) == 0
     else:
-        units = UNITS["int4"] * (2 if name == "down_tokens" else 1)
+        units = IN_FLIGHT // named("int4").part_bytes * (2 if name == "down_tokens" else 1)
         types, warps = {"x": "bf16", "h": "fp32"}, 8 if name == "down_tokens" else 4
         assert spilled(name, capability, types, {"UNITS": units}, warps) == 0
 

@@ -50,9 +50,11 @@ def run_calibrate(options: argparse.Namespace) -> dict[str, Any]:
     ensure_writable(options.output, "--output")
     import hybrimoe
     from hybrimoe.files import write_atomically
+    from hybrimoe.formats.registry import rounded
     from hybrimoe.policy.profiles import rates_of
     from hybrimoe.policy.profiles import shape as shape_of
 
+    options.weights = options.weights or rounded()[-1]
     cost = hybrimoe.calibrate(
         shape=options.shape,
         weights=options.weights,
