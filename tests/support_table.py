@@ -1,4 +1,4 @@
-"""`python tests/support_table.py`: measure all families and rewrite the table in the README.
+"""`python tests/support_table.py`: measure all families and rewrite the table in docs/models.md.
 
 The table goes between the two `<!-- families -->` lines; without them it is printed.
 """
@@ -16,7 +16,7 @@ import transformers
 import families
 from parity import CLOSE, TOKENS, Parity, measure
 
-README = Path(__file__).parents[1] / "README.md"
+MODELS = Path(__file__).parents[1] / "docs" / "models.md"
 MARKER = "<!-- families -->"
 HEAD = (
     "| family (experts class) | float32 | greedy tokens | bfloat16 NMSE | |\n|---|--:|--:|--:|---|"
@@ -71,9 +71,9 @@ def table() -> str:
 def main() -> int:
     """Write the table; fail if a family does."""
     text = table()
-    parts = README.read_text().split(MARKER) if README.exists() else []
+    parts = MODELS.read_text().split(MARKER) if MODELS.exists() else []
     if len(parts) == 3:
-        README.write_text(f"{parts[0]}{MARKER}\n{text}\n{MARKER}{parts[2]}")
+        MODELS.write_text(f"{parts[0]}{MARKER}\n{text}\n{MARKER}{parts[2]}")
     else:
         print(text)
     return 1 if "**no**" in text else 0

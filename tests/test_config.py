@@ -70,7 +70,7 @@ def test_from_dict_leaves_its_argument_alone():
         ({"vram": [1]}, "vram must be bytes, a fraction or a size like '10GiB', got [1]"),
         ({"vram": "10GiB", "device": "cpu"}, f"vram {CPU_ONLY} '10GiB'"),
         ({"preset": "ondemand", "device": "cpu"}, f"preset {CPU_ONLY} 'ondemand'"),
-        ({"weight": "int4"}, f"weight is no setting of hybrimoe; known are {FIELDS}"),
+        ({"weight": "int4"}, f"unknown setting 'weight'; settings are: {FIELDS}"),
     ],
 )
 def test_a_bad_setting_is_named_with_its_rule_and_value(settings, message):
@@ -96,7 +96,7 @@ def test_an_unknown_device_is_refused_with_those_known(device):
     ("values", "message"),
     [
         ({"schema_version": 2}, "schema_version must be 1, got 2"),
-        ({"wieghts": "int4"}, f"wieghts is no setting of hybrimoe; known are {FIELDS}"),
+        ({"wieghts": "int4"}, f"unknown setting 'wieghts'; settings are: {FIELDS}"),
         ({"weights": "q4"}, "weights must be one of native, int8, int4, got 'q4'"),
     ],
 )

@@ -200,7 +200,7 @@ def test_generate_refuses_what_does_not_fit_before_it_loads(capsys, monkeypatch)
     out, err = capsys.readouterr()
 
     assert out == ""
-    assert re.search(r"needs .* of host memory \(a test\), 44.0 MiB can be had; no format", err)
+    assert re.search(r"needs .* of host memory \(a test\), 44.0 MiB available; no format", err)
 
 
 class Slow:

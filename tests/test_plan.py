@@ -215,7 +215,7 @@ def test_what_does_not_fit_names_need_have_and_a_format_that_does(checkpoint):
         found.ensure_fits()
 
     assert (raised.value.need, raised.value.have) == (found.peak_bytes, 400 * MIB)
-    assert re.search(r"needs 6\d\d\.\d MiB .* 400\.0 MiB can be had", str(raised.value))
+    assert re.search(r"needs 6\d\d\.\d MiB .* 400\.0 MiB available", str(raised.value))
     assert "weights='int8' fits" in raised.value.nearest
     assert "weights='int8'" in found.call
 

@@ -1,4 +1,4 @@
-"""The README's quickstart runs, and the messages it explains are messages of the sources."""
+"""The README's quickstart runs, and the messages that the docs explain are messages of the sources."""
 
 import ast
 import re
@@ -15,7 +15,8 @@ README = (ROOT / "README.md").read_text()
 QUICKSTARTS = re.findall(
     r"<!-- quickstart -->\n```python\n(.*?)```\n<!-- /quickstart -->", README, re.DOTALL
 )
-TABLE = README.partition("<!-- messages -->")[2].partition("<!-- /messages -->")[0]
+TROUBLE = (ROOT / "docs" / "troubleshooting.md").read_text()
+TABLE = TROUBLE.partition("<!-- messages -->")[2].partition("<!-- /messages -->")[0]
 MODEL = '"Qwen/Qwen3-30B-A3B"'
 OTHERS = {"got an unexpected keyword argument"}  # Python's own
 

@@ -169,5 +169,5 @@ def _known(cls: type, values: dict[str, Any]) -> dict[str, Any]:
     names = [field.name for field in dataclasses.fields(cls)]
     for key in values:
         if key not in names:
-            raise ConfigError(f"{key} is no setting of hybrimoe; known are {', '.join(names)}")
+            raise ConfigError(f"unknown setting {key!r}; settings are: {', '.join(names)}")
     return values

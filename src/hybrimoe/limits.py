@@ -47,7 +47,7 @@ def ensure_host_fits(
     room = max(have.free - MARGIN, 0) + held
     if need > room:
         raise InsufficientMemoryError(
-            f"{what} needs {size_text(need)} of host memory, {size_text(room)} can be had "
+            f"{what} needs {size_text(need)} of host memory, {size_text(room)} available "
             f"({have.limit}, {size_text(MARGIN)} left over); {nearest}",
             need=need,
             have=room,

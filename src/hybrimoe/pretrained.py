@@ -41,7 +41,7 @@ def plan(
     `from_pretrained`; or a loaded model, planned for `wrap`.
     vram: for expert slots, as in `Config`; None takes what a GPU has left, if there is one.
     ram: host memory that the whole model may take, not only its experts as in `Config`: bytes,
-    "16GiB" or a fraction of what can be had; None is all. Where no format fits into it, `call`
+    "16GiB" or a fraction of what is available; None is all. Where no format fits into it, `call`
     has the `Config.ram` that does, with the other experts on disk.
     weights: "native", "int8" or "int4"; None takes the most precise one that fits.
     context: tokens of prompt and answer together, of one sequence.

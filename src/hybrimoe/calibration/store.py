@@ -60,8 +60,8 @@ def cached(key: Key, measure: Callable[[], Measured], force: bool = False) -> Co
             found, misfit = measure()
             if misfit > TRUSTED:
                 _warn(
-                    f"this machine was too busy to be measured: its runs differ from any law by "
-                    f"{misfit:.0%}; the result is used, but not kept"
+                    f"calibration was noisy ({misfit:.0%} off the fitted model); used now, not kept: "
+                    "calibrate again when the machine is idle"
                 )
             else:
                 _write(path, key, found)

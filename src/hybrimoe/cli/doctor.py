@@ -147,7 +147,7 @@ def waiting(root: Path = ROOT) -> Finding:
 def memory(root: Path = ROOT) -> Finding:
     """What may still be allocated, and what says so."""
     have, total = host_memory(root), psutil.virtual_memory().total
-    text = f"{size_text(have.free)} of {size_text(total)} can be had ({have.limit})"
+    text = f"{size_text(have.free)} of {size_text(total)} available ({have.limit})"
     if have.free < 2 << 30:
         return Finding("memory", "warn", text, "few models fit; `hybrimoe plan` says which")
     return Finding("memory", "ok", text)

@@ -27,7 +27,7 @@ def add_plan(commands: Any) -> None:
     add_name(parser)
     parser.add_argument("--vram", type=size("vram"), help="for expert slots on the GPU")
     parser.add_argument(
-        "--ram", type=size("ram"), help="host memory for the whole model (what can be had)"
+        "--ram", type=size("ram"), help="host memory for the whole model (what is available)"
     )
     parser.add_argument(
         "--weights", type=weights, metavar="FORMAT", help="the most precise that fits"

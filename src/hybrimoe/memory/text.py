@@ -42,7 +42,7 @@ class MemoryPlan:
     how experts are kept, "mixed" where that differs; kept: the same by layer. gpu, ram: what lies
     where once the model runs. load_peak_bytes, steady_bytes: host memory while it loads, and while
     `context` tokens are generated; plain_bytes: what plain transformers would take; have_bytes:
-    what can be had. gpu_have_bytes: None without a GPU. traced: cache and activations were counted
+    what is available. gpu_have_bytes: None without a GPU. traced: cache and activations were counted
     on the model itself, not estimated. call: what to run, or what fits instead; empty where
     nothing does.
     """
@@ -93,7 +93,7 @@ class MemoryPlan:
             need, have, where = self.gpu_bytes, self.gpu_have_bytes or 0, "GPU memory"
         raise InsufficientMemoryError(
             f"{self.model} with experts as {self.weights} and {self.context} tokens needs "
-            f"{size_text(need)} of {where}, {size_text(have)} can be had; {self.nearest}",
+            f"{size_text(need)} of {where}, {size_text(have)} available; {self.nearest}",
             need=need,
             have=have,
             nearest=self.nearest,

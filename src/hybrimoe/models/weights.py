@@ -66,8 +66,8 @@ def check_range(name: str, fmt: str, tensors: list[torch.Tensor]) -> None:
         extreme = max(-low, high)
         if not extreme <= largest:  # written so that NaN fails
             raise FormatError(
-                f"weights={fmt!r} needs finite expert weights of magnitude at most "
-                f"{largest:g}, got {'NaN' if math.isnan(extreme) else f'{extreme:g}'} in {name}"
+                f"weights={fmt!r} cannot store weights above {largest:g}, or that are not finite: "
+                f"{name} has {'NaN' if math.isnan(extreme) else f'{extreme:g}'}; use 'native'"
             )
 
 
