@@ -1,6 +1,7 @@
 """Broken and hostile checkpoints are typed errors, soon, in little memory, with nothing run."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -8,13 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Qwen2MoeForCausalLM
 
 import corpus
 import hybrimoe
-from hybrimoe.errors import CheckpointError
+from hybrimoe.errors import CheckpointError, UnsupportedModelError
 from hybrimoe.sources.safetensors import examine_files, examine_folder, read_header
 from paths import TINY_MOE
 
@@ -63,6 +66,49 @@ def test_the_door_of_transformers_checks_the_same_files(name, tmp_path):
     with pytest.raises(CheckpointError):
         AutoModelForCausalLM.from_pretrained(folder, quantization_config=hybrimoe.Config())
     assert not (folder / "opened").exists()
+
+
+@pytest.mark.parametrize("declared", [3, "fp8", [], True, math.nan])
+def test_a_declaration_that_is_no_object_is_refused_in_every_door(declared, tmp_path):
+    folder = edited_config(tmp_path, quantization_config=declared)
+    settings = hybrimoe.Config(device="cpu")
+    for door, how in (
+        (hybrimoe.from_pretrained, {}),
+        (hybrimoe.plan, {}),
+        (AutoModelForCausalLM.from_pretrained, {"quantization_config": settings}),
+        (Qwen2MoeForCausalLM.from_pretrained, {"quantization_config": settings}),
+    ):
+        with pytest.raises(UnsupportedModelError, match="quantization_config must be an object"):
+            door(folder, **how)
+
+
+@pytest.mark.parametrize("door", [hybrimoe.from_pretrained, hybrimoe.plan])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"num_experts": "a"}, {"hidden_size": 0}, {"hidden_act": "x"}, {"dtype": "x"}],
+    ids=str,
+)
+def test_a_configuration_that_makes_no_sense_is_a_typed_error(wrong, door, tmp_path):
+    with pytest.raises(UnsupportedModelError, match="transformers"):
+        door(edited_config(tmp_path, **wrong))
+
+
+def edited_config(folder: Path, **changes: object) -> Path:
+    """The bundled checkpoint with other values in config.json."""
+    made = Path(shutil.copytree(TINY_MOE, folder / "made"))
+    config = json.loads((made / "config.json").read_text())
+    (made / "config.json").write_text(json.dumps(config | changes))
+    return made
+
+
+def test_tables_beside_a_weight_are_no_sign_of_quantization(tmp_path):
+    weights = load_file(TINY_MOE / "model.safetensors")
+    weights["model.norm.num_batches_tracked"] = torch.tensor(3)
+    weights["model.embed_tokens.mask"] = torch.ones(4, dtype=torch.bool)
+    made = Path(shutil.copytree(TINY_MOE, tmp_path / "made"))
+    save_file(weights, made / "model.safetensors", metadata={"format": "pt"})
+
+    assert hybrimoe.from_pretrained(made, device="cpu").hybrimoe.layers
 
 
 CODE = """

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -37,9 +38,9 @@ print(code, sorted({"torch", "transformers", "numba"} & set(sys.modules)))
         (["generate", "x", "--prompt", "y", "--vram", "lots"], 2),
         (["plan", "./nowhere"], 2),
         (["simulate", "none.npz", "--presets", "fastest"], 2),
-        (["simulate", "none.npz"], 1),
-        (["simulate", str(TRACE), "--plot", "no/folder/x.png"], 1),
-        (["calibrate", "-o", "no/folder/x.json"], 1),
+        (["simulate", "none.npz"], 2),
+        (["simulate", str(TRACE), "--plot", "no/folder/x.png"], 2),
+        (["calibrate", "-o", "no/folder/x.json"], 2),
     ],
 )
 def test_help_and_wrong_usage_load_nothing_heavy(arguments, code):
@@ -101,30 +102,48 @@ def test_where_nothing_can_be_written_is_said_first(number, idle, capsys, tmp_pa
         (tmp_path / "no" / "x.png", "must lie in a folder that exists"),
         (tmp_path / "here.png", "is a folder"),
     ):
-        assert main(commands(path)[number]) == 1
+        assert main(commands(path)[number]) == 2
         assert said in capsys.readouterr().err
     monkeypatch.setattr("os.access", lambda *_: False)
-    assert main(commands(tmp_path / "x.png")[number]) == 1
+    assert main(commands(tmp_path / "x.png")[number]) == 2
     assert "that you may write to" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [0, 2])
 def test_a_figure_that_cannot_be_drawn_is_said_first(number, idle, capsys, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    assert main(commands(tmp_path / "x.docx")[number]) == 1
+    assert main(commands(tmp_path / "x.docx")[number]) == 2
     assert "must end in one of" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.delitem(sys.modules, "hybrimoe.simulation.plots", raising=False)
     monkeypatch.delattr("hybrimoe.simulation.plots", raising=False)
-    assert main(commands(tmp_path / "x.png")[number]) == 1
+    assert main(commands(tmp_path / "x.png")[number]) == 2
     assert "pip install 'hybrimoe[plot]'" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/null"), reason="devices of POSIX")
+@pytest.mark.parametrize("number", range(4))
+def test_a_device_is_not_replaced_by_a_file(number, idle, capsys):
+    pytest.importorskip("matplotlib")
+    assert main(commands(Path("/dev/null"))[number]) == 2
+    assert "'/dev/null' is a device or a pipe" in capsys.readouterr().err
+
+
+def test_a_prompt_without_a_token_is_said_first(capsys):
+    assert main(["demo", "--prompt", ""]) == 2
+    assert "--prompt must have at least one token, got ''" in capsys.readouterr().err
+
+
+def test_a_file_in_the_place_of_the_kept_packs_is_named(capsys):
+    assert main(["cache", "--folder", __file__]) == 2
+    assert f"--folder must be a folder, '{__file__}' is a file" in capsys.readouterr().err
+
+
 def test_files_that_are_missing_are_named(capsys, tmp_path):
-    assert main(["simulate", str(tmp_path / "t.npz")]) == 1
+    assert main(["simulate", str(tmp_path / "t.npz")]) == 2
     assert f"no file '{tmp_path / 't.npz'}'" in capsys.readouterr().err
     out = str(tmp_path / "t.npz")
-    assert main(["trace", str(TINY_MOE), "--prompts", "no.txt", "-o", out]) == 1
+    assert main(["trace", str(TINY_MOE), "--prompts", "no.txt", "-o", out]) == 2
     assert "--prompts must be a file that exists, no file 'no.txt'" in capsys.readouterr().err
 
 
@@ -151,7 +170,7 @@ def test_the_demo_says_what_was_saved_gained_and_changed(capsys, monkeypatch):
 
 
 def test_a_demo_without_its_model_says_where_that_is(capsys, tmp_path, monkeypatch):
-    assert main(["demo", "--model", str(tmp_path)]) == 1
+    assert main(["demo", "--model", str(tmp_path)]) == 2
     assert f"got '{tmp_path}'" in capsys.readouterr().err
 
 

@@ -317,7 +317,7 @@ def test_the_command_lists_and_clears(source, store, capsys):
 
 
 def test_clearing_what_is_not_kept_or_being_written_is_an_error(source, store, capsys):
-    assert main(["cache", "--folder", str(store), "--clear", "nothing/here"]) == 1
+    assert main(["cache", "--folder", str(store), "--clear", "nothing/here"]) == 2
     assert "no packed model of" in capsys.readouterr().err
     load(source, store)
     (pack,) = kept_packs.packs(store)

@@ -289,6 +289,10 @@ def test_what_accelerate_offloaded_is_refused_before_it_is_touched(tmp_path):
         ("ignore_mismatched_sizes", True),
         ("max_memory", {"cpu": "1GiB"}),
         ("offload_folder", "folder"),
+        ("device_map", {}),
+        ("dtype", 5),
+        ("dtype", "torch.float16"),
+        ("subfolder", 5),
     ],
 )
 def test_arguments_that_mean_something_else_here_are_refused(argument, value):
@@ -323,6 +327,24 @@ def test_a_dense_model_is_refused(tmp_path):
 def test_a_name_that_is_nothing_is_not_found(name):
     with pytest.raises(CheckpointNotFoundError):
         hybrimoe.from_pretrained(name)
+
+
+@pytest.mark.parametrize("door", [hybrimoe.from_pretrained, hybrimoe.plan])
+@pytest.mark.parametrize("name", [None, 5, b"folder", ["folder"], "a\0b"])
+def test_what_cannot_be_a_name_is_refused(name, door):
+    with pytest.raises(ConfigError, match="must be a path or a name"):
+        door(name)
+
+
+@pytest.mark.parametrize("door", [hybrimoe.from_pretrained, hybrimoe.plan])
+def test_a_name_too_long_for_the_system_is_not_found(door):
+    with pytest.raises(CheckpointNotFoundError):
+        door("x" * 5000)
+
+
+def test_a_folder_that_is_not_in_the_folder_is_not_found():
+    with pytest.raises(CheckpointNotFoundError, match="subfolder='nowhere'"):
+        hybrimoe.from_pretrained(TINY_MOE, subfolder="nowhere")
 
 
 @pytest.mark.parametrize("door", DOORS)

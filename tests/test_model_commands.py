@@ -81,7 +81,7 @@ def test_wrong_usage_ends_with_code_2(capsys, arguments, message):
     ],
 )
 def test_failures_are_one_line_without_a_traceback(capsys, arguments, message):
-    assert main(arguments) == 1
+    assert main(arguments) == 2
     out, err = capsys.readouterr()
 
     assert out == ""
@@ -147,7 +147,7 @@ def test_packed_files_are_planned_and_generate_as_they_are(capsys, packed):
     ],
 )
 def test_what_packed_files_cannot_do_is_one_line(capsys, packed, command, message):
-    assert main([command[0], str(packed), *command[1:]]) == 1
+    assert main([command[0], str(packed), *command[1:]]) == 2
     out, err = capsys.readouterr()
 
     assert out == ""
@@ -160,7 +160,7 @@ def test_a_folder_that_lost_its_tokenizer_is_one_line(capsys, packed, tmp_path):
     for path in folder.glob("tokenizer*"):
         path.unlink()
 
-    assert main(["generate", str(folder), "--prompt", "hi"]) == 1
+    assert main(["generate", str(folder), "--prompt", "hi"]) == 2
     assert re.search("has no tokenizer: .*save_pretrained", capsys.readouterr().err)
 
 

@@ -19,9 +19,16 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
+import families
 import hybrimoe
 from hybrimoe.config import Config
-from hybrimoe.errors import CheckpointError, ConfigError, StorageError, WrappedModelError
+from hybrimoe.errors import (
+    CheckpointError,
+    ConfigError,
+    StorageError,
+    UnsupportedModelError,
+    WrappedModelError,
+)
 from hybrimoe.formats.layout import expert_layout
 from hybrimoe.models import weights as formats
 from hybrimoe.models.weights import ExpertWeights
@@ -33,6 +40,7 @@ from hybrimoe.sources.packed import manifest as packed_manifest
 from hybrimoe.sources.packed import source as packed_source
 from paths import TINY_MOE
 from test_loading import assert_same_pool, edit, generate
+from test_quantized_models import with_packed_attention
 
 LOSSY = "ignore:the experts were stored as"
 
@@ -121,6 +129,36 @@ def test_a_wrapped_model_and_a_loaded_packed_one_can_be_saved(model, saved, tmp_
 
     first, second = (hybrimoe.from_pretrained(tmp_path / name) for name in ("wrapped", "again"))
     assert_same_pool(first, second)
+
+
+def test_quantized_dense_layers_are_refused_before_anything_is_written(tmp_path):
+    model = families.build("qwen3_moe.Qwen3MoeExperts")
+    with_packed_attention(model)
+    hybrimoe.wrap(model, device="cpu")
+
+    with pytest.raises(UnsupportedModelError, match=r"q_proj of .* is quantized .*save_packed"):
+        hybrimoe.save_packed(model, tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
+@pytest.mark.parametrize("folder", ["", None, 5, b"folder", "a\0b"])
+def test_what_is_no_folder_s_name_is_refused(folder, loaded):
+    with pytest.raises(ConfigError, match="folder must be a path"):
+        hybrimoe.save_packed(loaded, folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("weights", "x"), ("dtype", "x"), ("format", "int8+x"), ("weights", "native")],
+)
+def test_kinds_of_numbers_that_there_are_not_are_refused(key, value, saved):
+    manifest = json.loads((saved / "hybrimoe.json").read_text())
+    manifest["layers"][0][key] = value
+    (saved / "hybrimoe.json").write_text(json.dumps(manifest))
+
+    for door in (hybrimoe.from_pretrained, hybrimoe.plan):
+        with pytest.raises(CheckpointError, match="no valid entry for layer 0"):
+            door(saved)
 
 
 def test_an_unwrapped_model_is_refused(model, tmp_path):
@@ -227,7 +265,7 @@ SPOILED = {
     "other name": (change_layer(name="model.layers.9.mlp.experts"), "holds the experts of 12"),
     "other experts": (change_layer(experts=16), "experts of model.layers.2.mlp.experts differ"),
     "other layout": (change_layer(layout={"hidden": 1}), "layout of"),
-    "other format": (change_layer(format="int8"), "format of"),
+    "other format": (change_layer(format="int8"), "no valid entry"),
     "other shapes": (change_layer(shapes={}), "shapes of"),
     "other checksum": (change_layer(checksum=1), "does not have the checksum"),
     "checksum no number": (change_layer(checksum="1"), "no valid entry"),

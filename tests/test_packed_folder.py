@@ -18,6 +18,7 @@ from transformers import (
     pipeline,
 )
 
+import families
 import hybrimoe
 from hybrimoe.choices import METHOD
 from hybrimoe.config import Config
@@ -136,6 +137,28 @@ def test_transformers_opens_it(saved, loaded, tokenizer):
     for name in ("quantization_config", "transformers_weights"):
         assert not hasattr(model.config, name)
     assert not hasattr(model, "hf_quantizer")
+
+
+def test_a_class_of_a_model_opens_it_moved_or_inside_another_folder(saved, loaded, tmp_path):
+    inside = Path(shutil.copytree(saved, tmp_path / "inside"))
+    doors = {"here": type(loaded).from_pretrained, "auto": AutoModelForCausalLM.from_pretrained}
+    for door in doors.values():
+        assert_same_pool(door(inside), loaded)
+        assert_same_pool(door(tmp_path, subfolder="inside"), loaded)
+    config = type(loaded.config).from_pretrained(inside)
+    assert_same_pool(type(loaded).from_pretrained(inside, config=config), loaded)
+    assert str(tmp_path) not in config.to_json_string()
+
+
+def test_a_family_that_initializes_its_children_s_weights_opens_it(tmp_path):
+    plain = families.build("qwen3_omni_moe.Qwen3OmniMoeThinkerTextExperts")
+    plain.save_pretrained(tmp_path / "plain")
+    packed = hybrimoe.from_pretrained(tmp_path / "plain", device="cpu", linear="int8")
+    hybrimoe.save_packed(packed, tmp_path / "packed")
+    again = hybrimoe.from_pretrained(tmp_path / "packed", device="cpu")
+
+    inputs = families.inputs("qwen3_omni_moe.", plain)
+    assert torch.equal(families.logits(again, inputs), families.logits(packed, inputs))
 
 
 def test_its_configuration_says_how_it_is_packed(saved):

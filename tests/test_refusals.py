@@ -206,7 +206,7 @@ def test_a_failure_while_installing_undoes_all_layers(model, monkeypatch):
         if self.index == 5:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(experts_module.PooledExperts, "install", failing)
+    monkeypatch.setattr(experts_module.PooledExperts, "attach", failing)
     with untouched(model), pytest.raises(KeyboardInterrupt):
         hybrimoe.wrap(model)
 
@@ -270,7 +270,9 @@ def test_without_room_for_the_unpacked_weights_a_model_stays_wrapped(model, sett
     with torch.no_grad():
         expected = model(ids).logits
         request.getfixturevalue("little_memory")
-        with pytest.raises(InsufficientMemoryError, match=r"unwrapping .* 4\.0 MiB available") as raised:
+        with pytest.raises(
+            InsufficientMemoryError, match=r"unwrapping .* 4\.0 MiB available"
+        ) as raised:
             hybrimoe.unwrap(model)
         assert "save_packed" in raised.value.nearest
         assert torch.equal(model(ids).logits, expected)

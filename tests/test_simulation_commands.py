@@ -82,10 +82,10 @@ def test_wrong_usage_ends_with_code_2(capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
-def test_what_cannot_be_simulated_ends_with_code_1_and_the_numbers(capsys, tmp_path):
-    assert simulate("--vram", "20MB") == 1
+def test_what_cannot_be_simulated_is_an_error_with_the_numbers(capsys, tmp_path):
+    assert simulate("--vram", "20MB") == 2
     assert "holds 1 experts" in capsys.readouterr().err
-    assert main(["simulate", str(tmp_path / "none.npz")]) == 1
+    assert main(["simulate", str(tmp_path / "none.npz")]) == 2
     assert "none.npz" in capsys.readouterr().err
     (tmp_path / "cut.npz").write_bytes(CUT.read_bytes()[:5000])
     assert main(["simulate", str(tmp_path / "cut.npz")]) == 1
@@ -134,6 +134,6 @@ def test_prompts_that_are_none_are_refused(capsys, tmp_path, text, message):
     path.write_text(text or "[]")
     out = tmp_path / "T.npz"
     options = ["--prompts", str(path), "-o", str(out)]
-    assert main(["trace", str(ASSETS / "tiny-moe"), *options]) == 1
+    assert main(["trace", str(ASSETS / "tiny-moe"), *options]) == 2
     assert message in capsys.readouterr().err
     assert not out.exists()

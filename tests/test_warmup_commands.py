@@ -63,8 +63,14 @@ def test_without_a_name_what_is_common(asked, capsys):
     assert "experts int8 in bfloat16" in capsys.readouterr().out
 
 
+def test_a_file_is_no_model(asked, capsys):
+    assert main(["warmup", str(TINY_MOE / "config.json")]) == 2
+    assert "is a file, no folder with a checkpoint" in capsys.readouterr().err
+    assert not asked
+
+
 def test_a_gguf_file_needs_its_folder(asked, capsys):
-    assert main(["warmup", "--gguf-file", "model.gguf"]) == 1
+    assert main(["warmup", "--gguf-file", "model.gguf"]) == 2
     assert "--gguf-file needs the folder of" in capsys.readouterr().err
     assert not asked
 

@@ -19,6 +19,8 @@ from hybrimoe.sizes import parse_size
 
 POLICY_TYPES = {"scheduler": Scheduler, "cache": Ranking, "prefetcher": Prefetcher}
 SCHEMA = 1
+MOST_THREADS = 1024
+"""More than any machine that this was tried on; some hundred thousand end the process."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ class Config:
         if self.linear is not None:
             _one_of("linear", self.linear, rounded())
         if self.preset is not None:
+            if not isinstance(self.preset, str):
+                raise ConfigError(f"preset must be a name or None, got {self.preset!r}")
             preset(self.preset)
         for name, kind in POLICY_TYPES.items():
             _instance(name, getattr(self, name), kind)
@@ -83,15 +87,14 @@ class Config:
             raise ConfigError(
                 f"max_new_tokens must be a positive integer, got {self.max_new_tokens!r}"
             )
-        if self.threads is not None and not _is_count(self.threads):
-            raise ConfigError(f"threads must be a positive integer or None, got {self.threads!r}")
+        check_threads(self.threads)
         for name in ("strict", "deterministic", "trace"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be a bool, got {getattr(self, name)!r}")
         for name in ("vram", "ram"):
             if getattr(self, name) is not None:
                 parse_size(name, getattr(self, name))
-        if self.spill is not None and not isinstance(self.spill, str):
+        if self.spill is not None and not (isinstance(self.spill, str) and self.spill):
             raise ConfigError(f"spill must be the path of a folder or None, got {self.spill!r}")
         if self.linear is not None and self.device in ("cuda", "emulated"):
             raise ConfigError(
@@ -149,6 +152,14 @@ def _check_weights(value: Any) -> None:
             f"weights={value!r} is available only when loading a GGUF file that stores it"
         )
     _one_of("weights", value, choices())
+
+
+def check_threads(threads: Any) -> None:
+    """Raise ConfigError unless so many threads can be started; None is all cores."""
+    if threads is not None and not _is_count(threads):
+        raise ConfigError(f"threads must be a positive integer or None, got {threads!r}")
+    if threads is not None and threads > MOST_THREADS:
+        raise ConfigError(f"threads must be at most {MOST_THREADS}, got {threads}")
 
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:

@@ -64,6 +64,8 @@ def named_file(name: str | os.PathLike[str], gguf_file: str | None) -> tuple[str
     text = os.fspath(name)
     if gguf_file is None and text.endswith(".gguf") and not os.path.isdir(text):
         folder, gguf_file = os.path.split(text)
+        if os.path.isdir(folder or ".") and not os.path.lexists(text):
+            raise CheckpointNotFoundError(f"no file {text!r}")
         if not os.path.isdir(folder or ".") and not re.fullmatch(r"[^./~][^/]*/[^/]+/[^/]+", text):
             raise CheckpointNotFoundError(f"no file {text!r}")
         return folder or ".", gguf_file
@@ -86,11 +88,11 @@ def refuse_path(name: str) -> None:
     path = Path(name)
     if not name:
         raise CheckpointNotFoundError("'' is no folder with a checkpoint, and no name on the hub")
-    if path.is_file() and path.suffix == ".gguf":
+    if path.suffix == ".gguf" and os.path.isfile(path):
         raise CheckpointNotFoundError(
             f"{name!r} is a file: give its folder, and gguf_file={path.name!r}"
         )
-    if path.exists():
+    if os.path.exists(path):  # unlike pathlib's, it takes names that are too long for the system
         raise CheckpointNotFoundError(f"{name!r} is a file, no folder with a checkpoint")
     if is_path(name):
         raise CheckpointNotFoundError(f"no {'file' if is_file(name) else 'folder'} {name!r}")

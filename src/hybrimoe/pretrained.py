@@ -50,6 +50,8 @@ def plan(
     Raises CheckpointNotFoundError, CheckpointError or UnsupportedModelError. A model that does not
     fit is no error until `ensure_fits`.
     """
+    if not hasattr(model, "named_modules"):
+        _check_path("model", model)
     if gguf_file is None and isinstance(model, str | os.PathLike):
         name, gguf_file = named_file(model, None)
         if gguf_file is None:
@@ -77,9 +79,9 @@ def from_pretrained(
     CheckpointNotFoundError for files that are damaged or missing, ConfigError or
     UnsupportedModelError for what cannot be loaded this way.
     """
-    if isinstance(name_or_path, str | os.PathLike):
-        place = {key: hf_kwargs[key] for key in PLACE if key in hf_kwargs}
-        look_for(os.fspath(name_or_path), place, hf_kwargs.get("gguf_file") or "config.json")
+    _check_path("name_or_path", name_or_path)
+    place = {key: hf_kwargs[key] for key in PLACE if key in hf_kwargs}
+    look_for(os.fspath(name_or_path), place, hf_kwargs.get("gguf_file") or "config.json")
     from hybrimoe.config import Config
 
     if config is not None and not isinstance(config, Config):
@@ -105,8 +107,9 @@ def save_packed(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     what the model's own folder or its snapshot in the cache has besides: tokenizer, chat template,
     processors. A save over an older one takes effect in one step: a killed process or a full disk
     leaves the old one whole. Raises WrappedModelError if the model is not wrapped or has adapters,
-    StorageError if the disk refuses.
+    UnsupportedModelError if its dense layers are quantized, StorageError if the disk refuses.
     """
+    _check_path("folder", folder or None)
     runtime = getattr(model, "hybrimoe", None)
     if runtime is None:
         raise WrappedModelError(
@@ -122,7 +125,9 @@ def save_packed(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             "merge_and_unload() or unload()"
         )
     from hybrimoe.sources.loader import bytes_bar
+    from hybrimoe.sources.quantized import refuse_quantized_dense
 
+    refuse_quantized_dense(model)
     origin = runtime.origin or origin_of(str(getattr(model, "name_or_path", None) or ""))
     parts = Parts(model, runtime.layers, runtime.linears, runtime.config.linear, origin)
     with ExitStack() as shown:
@@ -134,6 +139,13 @@ def save_packed(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             bars[0].update(nbytes)
 
         save(parts, Path(folder), progress)
+
+
+def _check_path(argument: str, value: Any) -> None:
+    """Raise ConfigError for what names nothing on any disk."""
+    is_path = isinstance(value, str | os.PathLike) and isinstance(os.fspath(value), str)
+    if not is_path or "\0" in os.fspath(value):
+        raise ConfigError(f"{argument} must be a path or a name, got {value!r}")
 
 
 def register_quantizer() -> None:

@@ -16,6 +16,7 @@ from hybrimoe.calibration import probes
 from hybrimoe.calibration.fit import fit_contended, fit_cpu, fit_gpu, fit_link, misfit
 from hybrimoe.calibration.random_experts import fill_random
 from hybrimoe.calibration.store import Measured, cached
+from hybrimoe.config import check_threads
 from hybrimoe.errors import ConfigError, InsufficientMemoryError, WrappedModelError
 from hybrimoe.formats.gate import Gate
 from hybrimoe.formats.layout import Layout, expert_layout
@@ -68,8 +69,7 @@ def calibrate(
     The result is kept per machine, shape, format and threads; force: measure again all the same.
     Raises ConfigError, ProfileError for an unknown shape, WrappedModelError for an unwrapped model.
     """
-    if threads is not None and (type(threads) is not int or threads < 1):
-        raise ConfigError(f"threads must be a positive integer or None, got {threads!r}")
+    check_threads(threads)
     if model is None:
         subject = named_subject(shape or DEFAULT_SHAPE, weights or rounded()[-1])
     else:

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from hybrimoe.errors import ConfigError
+
 KEPT = "keep the packed model beside the cache of the hub, for a faster next start (default: yes)"
 
 
@@ -38,6 +40,8 @@ def run_cache(options: argparse.Namespace) -> dict[str, Any]:
     from hybrimoe.sources import kept_packs
 
     folder = options.folder or kept_packs.home()
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--folder must be a folder, {str(folder)!r} is a file")
     if options.clear is not None:
         name = None if options.clear is True else _known_by(options.clear)
         found = kept_packs.clear(folder, name)

@@ -35,6 +35,8 @@ def run_demo(options: argparse.Namespace) -> dict[str, Any]:
 
     plain, tokenizer = load_model(options.model, "--model")
     inputs = tokenizer(options.prompt, return_tensors="pt")
+    if not inputs.input_ids.numel():
+        raise ConfigError(f"--prompt must have at least one token, got {options.prompt!r}")
     _say(_head(options.model.name, plain))
     wrapped = hybrimoe.wrap(load_model(options.model, "--model")[0], weights=options.weights)
     models = {"plain": plain, "wrapped": wrapped}

@@ -18,7 +18,7 @@ from hybrimoe.cli.demo import add_demo
 from hybrimoe.cli.models import add_bench, add_doctor, add_generate, add_plan
 from hybrimoe.cli.traces import add_simulate, add_trace
 from hybrimoe.cli.warmup import add_warmup
-from hybrimoe.errors import CheckpointNotFoundError, HybriMoEError
+from hybrimoe.errors import CheckpointNotFoundError, ConfigError, HybriMoEError
 from hybrimoe.version import VERSION
 
 COMMANDS = (
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except (HybriMoEError, OSError) as error:
         print(f"hybrimoe {options.command}: {error}", file=sys.stderr)
-        return 2 if isinstance(error, CheckpointNotFoundError) else 1
+        return 2 if isinstance(error, CheckpointNotFoundError | ConfigError) else 1
     except KeyboardInterrupt:
         print(f"hybrimoe {options.command}: interrupted", file=sys.stderr)
         return 1

@@ -60,6 +60,8 @@ def ensure_writable(path: Path | None, argument: str) -> None:
     folder = path.parent
     if path.is_dir():
         raise ConfigError(f"{argument} must be a file, {str(path)!r} is a folder")
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{argument} must be a file, {str(path)!r} is a device or a pipe")
     if not folder.is_dir():
         raise ConfigError(
             f"{argument} must lie in a folder that exists, got {str(path)!r}: no folder {str(folder)!r}"

@@ -79,6 +79,7 @@ def _to_make(options: argparse.Namespace) -> list[tuple[str, str, bool]]:
 
 
 def _of_folder(name: str, weights: str | None) -> list[tuple[str, str, bool]]:
+    from hybrimoe.hub import refuse_path
     from hybrimoe.models.bytes import footprint_to_load
     from hybrimoe.models.skeleton import build_skeleton, read_config, weight_dtype
     from hybrimoe.models.weights import NATIVE
@@ -88,6 +89,8 @@ def _of_folder(name: str, weights: str | None) -> list[tuple[str, str, bool]]:
     if manifest is not None:
         layers = manifest["layers"]
         return _distinct((layer["format"], layer["dtype"], False) for layer in layers)
+    if not Path(name).is_dir():
+        refuse_path(name)
     config = read_config(name)
     shapes = footprint_to_load(build_skeleton(config, weight_dtype(config, {}))).layers
     return _distinct((s.fmt(weights or "native"), NATIVE[s.dtype], True) for s in shapes)

@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from hybrimoe.errors import CheckpointNotFoundError, UnsupportedModelError
@@ -19,6 +20,9 @@ DTYPES = {
     "F64": torch.float32,
 }
 """What transformers makes of a safetensors dtype when nothing names one."""
+
+UNBUILDABLE = (ValueError, TypeError, KeyError, AttributeError, ArithmeticError)
+"""What transformers raises for a configuration with values that make no sense."""
 
 PLAIN = (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
 """Operations of transformers' converters that only stack experts."""
@@ -37,7 +41,9 @@ def read_config(name: str | os.PathLike[str], **place: Any) -> Any:
         raise CheckpointNotFoundError(
             f"no config.json of {os.fspath(name)!r} can be read: {first_line(error)}"
         ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except UnsupportedModelError:
+        raise
+    except (*UNBUILDABLE, StrictDataclassError) as error:
         raise UnsupportedModelError(
             f"transformers does not know the model in {os.fspath(name)!r}: {first_line(error)}"
         ) from error
@@ -57,7 +63,7 @@ def build_skeleton(config: Any, dtype: torch.dtype, model_class: Any = None) -> 
                 model = model_class._from_config(config, dtype=dtype)
             else:
                 model = text.from_config(config, dtype=dtype)
-    except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+    except (*UNBUILDABLE, ImportError, RuntimeError) as error:
         raise UnsupportedModelError(
             f"transformers cannot build {type(config).__name__} as a causal language model: "
             f"{first_line(error)}"

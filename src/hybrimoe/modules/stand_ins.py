@@ -1,4 +1,4 @@
-"""What packed experts show instead of their parameters to who only asks for shape and type."""
+"""What takes the place of packed parameters: for who only asks for shape and type, and for a loader."""
 
 from __future__ import annotations
 
@@ -53,3 +53,15 @@ class StandIn(nn.Parameter):
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"StandIn({self.label}, {tuple(self.shape)}, {self.dtype})"
+
+
+def leave_out(module: nn.Module, name: str) -> None:
+    """Have a loader neither look for a parameter nor make one up, until another takes its place.
+
+    Some families initialize the weights of a module's children. What they find instead of the parameter
+    says that it is initialized.
+    """
+    module.register_parameter(name, None)
+    nothing = torch.empty(0, device="cpu")
+    nothing._is_hf_initialized = True  # type: ignore[attr-defined]
+    module.__dict__[name] = nothing

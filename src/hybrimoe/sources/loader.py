@@ -317,7 +317,9 @@ def is_automatic(device_map: Any) -> bool:
 def check_device_map(device_map: Any) -> None:
     """Raise ConfigError unless everything is loaded to the CPU, or left to us."""
     places = device_map.values() if isinstance(device_map, dict) else [device_map]
-    if is_automatic(device_map) or all(place is None or str(place) == "cpu" for place in places):
+    if device_map != {} and (
+        is_automatic(device_map) or all(place is None or str(place) == "cpu" for place in places)
+    ):
         return
     raise ConfigError(
         f"device_map must be left out, 'auto' or 'cpu', got {device_map!r}: hybrimoe places the "

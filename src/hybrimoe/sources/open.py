@@ -13,9 +13,9 @@ from huggingface_hub import snapshot_download
 from transformers.utils.hub import cached_file
 
 from hybrimoe.config import Config
-from hybrimoe.errors import CheckpointError, CheckpointNotFoundError, ConfigError
+from hybrimoe.errors import CheckpointError, CheckpointNotFoundError, ConfigError, HybriMoEError
 from hybrimoe.hub import CLIENT_ERRORS, PLACE, cached_folder, first_line, reach
-from hybrimoe.models.skeleton import build_skeleton, read_config, weight_dtype
+from hybrimoe.models.skeleton import UNBUILDABLE, build_skeleton, read_config, weight_dtype
 from hybrimoe.sources.companions import origin_of
 from hybrimoe.sources.load_memory import ensure_fits
 from hybrimoe.sources.loader import bytes_bar, check_device_map, is_automatic
@@ -65,8 +65,8 @@ def load(
 
         return load_gguf(name, config, "weights" in given, hf_kwargs)
     folder = Path(name)
-    if folder.is_dir():
-        folder = folder / (hf_kwargs.get("subfolder") or "")
+    if os.path.isdir(folder):
+        folder = inside(folder, hf_kwargs.get("subfolder"))
         manifest = read_manifest(folder)
         while manifest is not None:
             try:
@@ -84,23 +84,46 @@ def load(
             kwargs = {key: value for key, value in hf_kwargs.items() if key not in PLACE}
             return load(fetched, config, given, kwargs)
     hf_kwargs = {**hf_kwargs, "use_safetensors": True}
-    model_class, _ = class_of(name, hf_kwargs)
+    model_class, model_config = class_of(name, hf_kwargs)
     if not folder.is_dir():
         if not hf_kwargs.get("trust_remote_code"):
             ensure_remote_fits(os.fspath(name), config, hf_kwargs)
         examine_cached(os.fspath(name), hf_kwargs)
     told = {**hf_kwargs, "quantization_config": config, "output_loading_info": True}
-    model, found = model_class.from_pretrained(name, **told)
+    try:
+        model, found = model_class.from_pretrained(name, **told)
+    except UNBUILDABLE as error:
+        if not isinstance(error, HybriMoEError):
+            explain_unbuildable(model_config)
+        raise
     refuse_missing(found["missing_keys"])  # the class was our choice: not even a head may be new
     model.hybrimoe.origin = origin_of(os.fspath(name), hf_kwargs)
     return (model, found) if hf_kwargs.get("output_loading_info") else model
 
 
+def inside(folder: Path, subfolder: Any) -> Path:
+    """A folder of a folder that exists; raises ConfigError or CheckpointNotFoundError."""
+    if not isinstance(subfolder, str | None):
+        raise ConfigError(f"subfolder must be the name of a folder, got {subfolder!r}")
+    found = folder / (subfolder or "")
+    if not found.is_dir():
+        raise CheckpointNotFoundError(f"no folder {str(found)!r}: subfolder={subfolder!r}")
+    return found
+
+
+def explain_unbuildable(model_config: Any) -> None:
+    """Raise UnsupportedModelError if it is the configuration that transformers cannot load."""
+    build_skeleton(model_config, torch.float32)
+
+
 def check_dtype_name(argument: str, asked: Any) -> None:
-    """Raise ConfigError for the name of a dtype that torch does not have."""
-    if not isinstance(asked, str) or asked == "auto":
+    """Raise ConfigError for what is no dtype, nor the name of one that torch has.
+
+    A dict has one for each part of a model.
+    """
+    if asked is None or isinstance(asked, torch.dtype | dict) or asked == "auto":
         return
-    if not isinstance(getattr(torch, asked.removeprefix("torch."), None), torch.dtype):
+    if not isinstance(asked, str) or not isinstance(getattr(torch, asked, None), torch.dtype):
         raise ConfigError(f"{argument} must name a dtype of torch or 'auto', got {asked!r}")
 
 

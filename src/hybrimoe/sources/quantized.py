@@ -178,6 +178,21 @@ def refuse_quantized_model(model: nn.Module, linear: str | None = None) -> None:
         )
 
 
+def refuse_quantized_dense(model: nn.Module) -> None:
+    """Raise UnsupportedModelError if a wrapped model's dense layers are kept quantized.
+
+    Its packed folder could not be loaded: what they are read by belongs to another quantizer.
+    """
+    for name, module in model.named_modules():
+        counts = (torch.int64, torch.bool)
+        if any(_is_quantized(each) and each[1].dtype not in counts for each in _tensors(module)):
+            method, _ = _method_of(model, type(module).__name__)
+            raise UnsupportedModelError(
+                f"{name} of {type(model).__name__} is quantized{method} ({type(module).__name__}), and "
+                f"save_packed writes plain numbers beside the packed ones: {USE_PLAIN}"
+            )
+
+
 def _method_of(model: nn.Module, class_name: str) -> tuple[str, str]:
     """The method of a module that is kept quantized, in words, and what helps."""
     found = declared(getattr(model, "config", None))

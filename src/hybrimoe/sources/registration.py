@@ -9,11 +9,12 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 from hybrimoe.choices import METHOD
-from hybrimoe.sources.packed.folder import PackedFolder, is_packed
+from hybrimoe.sources.packed.folder import PackedFolder, is_packed, place_declaration
 
 TABLE = "transformers.quantizers.auto"
 
@@ -50,6 +51,7 @@ def register(table: Any, register_quantizer: Callable[[], None]) -> None:
 
     table.AutoHfQuantizer.merge_quantization_configs = classmethod(merge_quantization_configs)
     _ask_first(table)
+    _place_declarations()
 
 
 def _ask_first(table: Any) -> None:
@@ -68,6 +70,23 @@ def _ask_first(table: Any) -> None:
     loader = sys.modules.get("transformers.modeling_utils")  # it keeps the name that it imported
     if getattr(loader, "get_hf_quantizer", None) is choose:
         vars(loader)["get_hf_quantizer"] = get_hf_quantizer
+
+
+def _place_declarations() -> None:
+    """Have configurations of packed folders know where they were read from."""
+    from transformers import configuration_utils  # imported already, with the table of quantizers
+
+    base = configuration_utils.PreTrainedConfig
+    read = base.get_config_dict.__func__
+
+    @functools.wraps(read)
+    def get_config_dict(cls: Any, name: Any, **how: Any) -> Any:
+        values, unused = read(cls, name, **how)
+        if isinstance(values, dict):
+            place_declaration(values, Path(str(name), how.get("subfolder") or ""))
+        return values, unused
+
+    base.get_config_dict = classmethod(cast(Any, get_config_dict))
 
 
 class _Waiting:

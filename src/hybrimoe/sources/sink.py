@@ -20,6 +20,7 @@ from hybrimoe.models import weights as formats
 from hybrimoe.models.bytes import STAGING_BYTES
 from hybrimoe.models.weights import ExpertWeights
 from hybrimoe.modules.pooled_experts import PooledExperts
+from hybrimoe.modules.stand_ins import leave_out
 from hybrimoe.runtime.pages import allocate
 
 
@@ -110,7 +111,7 @@ class ExpertSink:
         for layer in self.layers:
             layer.original._is_hf_initialized = True
             for name in layer.shapes:
-                setattr(layer.original, name, None)
+                leave_out(layer.original, name)
         self.arrived.update(self.targets)
 
     def finish(self) -> None:
@@ -131,7 +132,7 @@ class ExpertSink:
     def _prepare(self, layer: PooledExperts) -> None:
         """Give the original parameters that hold nothing, instead of those of the meta device."""
         for name in layer.shapes:
-            parameter = getattr(layer.original, name)
+            parameter = layer.original._parameters[name]
             if parameter is None or parameter.is_meta:
                 empty = nn.Parameter(torch.empty(0, dtype=layer.dtype))
                 empty._is_hf_initialized = True  # type: ignore[attr-defined]

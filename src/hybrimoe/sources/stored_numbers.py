@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrimoe.errors import CheckpointError
-from hybrimoe.sources.quantized import PLAIN, UNDECLARED, hint_of, owners
+from hybrimoe.sources.quantized import COUNTS, PLAIN, UNDECLARED, hint_of, owners
 from hybrimoe.sources.safetensors import Catalogue, StoredTensor
 
 MODELOPT = "hf_quant_config.json"
@@ -37,7 +37,7 @@ def ensure_plain(model: Any, stored: Catalogue, rules: list[Any] | None = None) 
             if tensor.dtype not in PLAIN and (kind.is_floating_point or kind.is_complex):
                 raise quantized_tensor(f"is stored as {tensor.dtype}", name, tensor)
             continue
-        owner = names.owner(name, is_plain=tensor.dtype in PLAIN)
+        owner = names.owner(name, is_plain=tensor.dtype in PLAIN | COUNTS)
         if owner is not None:
             raise quantized_tensor(
                 f"lies beside the weight {owner}, which it scales or holds", name, tensor
@@ -71,7 +71,7 @@ class _Names:
     def owner(self, name: str, is_plain: bool) -> str | None:
         """The weight of the model that a tensor which is no parameter belongs to; None if none.
 
-        is_plain: its own dtype is one of plain numbers, so that only its name can tell.
+        is_plain: its own dtype is no packed one, so that only its name can tell.
         """
         beside = owners(name)
         if not is_plain and "." in name:

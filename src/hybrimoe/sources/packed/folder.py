@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrimoe.choices import METHOD
-from hybrimoe.errors import CheckpointError, ConfigError
+from hybrimoe.errors import CheckpointError, ConfigError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from hybrimoe.config import Config
 
 
+KEY = "quantization_config"
 INDEX = "model.safetensors.index.json"
 MISSING_FILE = (
     "the weights are packed by hybrimoe, import hybrimoe before they are loaded.safetensors"
 )
 """A file that does not exist. transformers passes by a method that it does not know, and would look for
 weights of its own: what it says it misses says what to do."""
+
+
+class PlacedDeclaration(dict[str, Any]):
+    """The same as plain data, which knows the folder that its config.json was read from.
+
+    Classes of models, unlike the automatic ones, do not tell a configuration its name before it is used.
+    """
+
+    folder = ""
 
 
 class PackedFolder:
@@ -30,6 +41,7 @@ class PackedFolder:
 
     def __init__(self, stored: dict[str, Any], given: Config | None = None) -> None:
         self.stored, self.given = dict(stored), given
+        self.folder = str(getattr(stored, "folder", ""))
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any], **_: Any) -> PackedFolder:
@@ -55,9 +67,13 @@ class PackedFolder:
         return {key: value for key, value in self.stored.items() if key != "quant_method"}
 
     def find(self, name: str) -> tuple[Path, dict[str, Any]]:
-        """The folder and its manifest; raises CheckpointError where there is none."""
+        """The folder and its manifest; raises CheckpointError where there is none.
+
+        name: of the folder, where its configuration does not know where it was read from.
+        """
         from hybrimoe.sources.packed.manifest import MANIFEST, read_manifest
 
+        name = self.folder or name
         folder = Path(name)
         manifest = read_manifest(folder) if name and folder.is_dir() else None
         if manifest is None:
@@ -75,3 +91,20 @@ def is_packed(quantization: Any) -> bool:
     if isinstance(quantization, dict):
         return quantization.get("quant_method") == METHOD
     return isinstance(quantization, PackedFolder)
+
+
+def place_declaration(values: dict[str, Any], folder: Path) -> None:
+    """Have what a config.json declares know its folder, or raise UnsupportedModelError.
+
+    values: of config.json. For what is no object, transformers would stop at some attribute that it
+    lacks.
+    """
+    parts = (values, *(part for part in values.values() if isinstance(part, dict)))
+    for said in (part.get(KEY) for part in parts):
+        if said is not None and not isinstance(said, dict):
+            raise UnsupportedModelError(
+                f"{folder / 'config.json'}: {KEY} must be an object, or left out, got {str(said)[:80]!r}"
+            )
+    if is_packed(values.get(KEY)) and folder.is_dir():
+        values[KEY] = PlacedDeclaration(values[KEY])
+        values[KEY].folder = os.fspath(folder)

@@ -15,6 +15,7 @@ from hybrimoe.formats.registry import rounded
 from hybrimoe.kernels.cpu.linear import matrix_layout
 from hybrimoe.models import weights as formats
 from hybrimoe.modules.packed_linear import FoundLinear, PackedLinear, packed_matrix
+from hybrimoe.modules.stand_ins import leave_out
 from hybrimoe.runtime.pages import allocate_blobs, checksum
 from hybrimoe.sources.packed.blobs import write_blobs
 from hybrimoe.sources.packed.manifest import LINEARS, linears_of
@@ -37,7 +38,7 @@ class StoredLinear(NamedTuple):
         """Have the loader neither look for the weight nor make one up; a tied one is the embedding's."""
         if not self.found.tied:
             self.found.module._is_hf_initialized = True  # type: ignore[assignment]
-            self.found.module.weight = None  # type: ignore[assignment]
+            leave_out(self.found.module, "weight")
 
     def packed(self, **how: Any) -> PackedLinear:
         """The layer, once the rows are read and the bias is loaded. how: of `PackedLinear`."""

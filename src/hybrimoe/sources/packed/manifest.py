@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from hybrimoe.errors import CheckpointError
-from hybrimoe.formats.registry import rounded
+from hybrimoe.formats.layout import is_integer, split
+from hybrimoe.formats.registry import FORMATS, rounded
+from hybrimoe.simd.dtypes import DTYPES
 from hybrimoe.sources.safetensors import check_file, parse_json
 
 MANIFEST, DENSE, LINEARS = "hybrimoe.json", "dense.safetensors", "linears.safetensors"
@@ -51,7 +53,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     manifest = parse_json(path.read_bytes(), path)
     known = {"schema_version": SCHEMAS, "kernel_layout": (KERNEL_LAYOUT,)}
     for name, values in known.items():
-        if manifest.get(name) not in values:
+        if type(manifest.get(name)) is not int or manifest[name] not in values:
             raise CheckpointError(
                 f"{name} must be {' or '.join(map(str, values))} for this version of hybrimoe, got "
                 f"{str(manifest.get(name))[:40]}; load the original checkpoint and save it again "
@@ -88,8 +90,18 @@ def _check_manifest(manifest: dict[str, Any], path: Path) -> None:
     if not isinstance(layers, list) or not layers:
         raise CheckpointError("must list layers", path)
     for at, entry in enumerate(layers):
-        if not _has(entry, ENTRY) or entry["file"] != file_name(at):
+        if not _has(entry, ENTRY) or entry["file"] != file_name(at) or not _is_known(entry):
             raise CheckpointError(f"holds no valid entry for layer {at}", path)
+
+
+def _is_known(entry: dict[str, Any]) -> bool:
+    """Whether a layer's numbers are of kinds that there are."""
+    fmt, weights = entry["format"], entry["weights"]
+    return (
+        set(split(fmt)) <= FORMATS.keys()
+        and weights == (fmt if is_integer(fmt) else "native")
+        and entry["dtype"] in DTYPES
+    )
 
 
 def _check_linears(manifest: dict[str, Any], path: Path) -> None:
