@@ -26,10 +26,10 @@ from hybrimoe.policy.schedulers import DALI, Fiddler, Hybrid, Scheduler, Split, 
 from hybrimoe.policy.timeline import Timeline
 from hybrimoe.simulation.belady import Belady
 from hybrimoe.simulation.foreign import read_trace
-from hybrimoe.simulation.oracle import Exact, perfect_forecasts
 from hybrimoe.simulation.simulator import simulate
 from hybrimoe.simulation.synthesis import synthesise
 from markdown import table
+from oracle import Exact, perfect_forecasts
 from policies import DEFAULT, Half, decode_s, halves, mixtral
 
 Case = tuple[Load, np.ndarray, Timeline, CostModel]

@@ -322,10 +322,11 @@ def main() -> None:
 
 
 def _plot(rows: list[dict], folder: Path) -> None:
+    import figures
     from hybrimoe.simulation import plots
 
     kept = [r for r in rows if r["paper"] is not None and r["phase"] == "decode"]
-    figure = plots.draw_beside(
+    figure = figures.draw_beside(
         [r["row"] for r in kept],
         [r["paper"] for r in kept],
         [r["ours"] for r in kept],

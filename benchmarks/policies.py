@@ -24,11 +24,12 @@ from hybrimoe.policy.profiles import PROFILES
 from hybrimoe.policy.rankings import LFU, LRU, LRU2, MRS, NextToken, Ranking
 from hybrimoe.policy.schedulers import DALI, Fiddler, Hybrid
 from hybrimoe.simulation.belady import Belady
-from hybrimoe.simulation.foreign import from_fractions, read_trace
+from hybrimoe.simulation.foreign import read_trace
 from hybrimoe.simulation.simulator import simulate
 from hybrimoe.simulation.synthesis import hit_rate
 from hybrimoe.simulation.trace import RoutingTrace
 from markdown import table
+from shares import from_fractions
 
 RESIDENCY = (0.25, 0.5, 0.75)
 DEFAULT = PRESETS["hybrimoe"]
@@ -261,6 +262,7 @@ def tiny_cells(path: Path) -> dict[str, Half]:
 
 
 def _plot(found: dict[float, dict[str, tuple[float, float]]], folder: Path) -> None:
+    import figures
     from hybrimoe.simulation import plots
 
     kept = {
@@ -271,7 +273,7 @@ def _plot(found: dict[float, dict[str, tuple[float, float]]], folder: Path) -> N
         **{"LRU-2": "LRU-2", "LRU": "LRU", "LFU": "LFU"},
     }
     rates = {name: [found[r][key][0] for r in found] for name, key in kept.items()}
-    figure = plots.draw_hit_rates(list(found), rates, "gpt-oss-20b, decode, held-back half")
+    figure = figures.draw_hit_rates(list(found), rates, "gpt-oss-20b, decode, held-back half")
     plots.save(figure, folder / "hit_rates.png")
 
 

@@ -25,9 +25,9 @@ from hybrimoe.policy.routing import Load
 from hybrimoe.policy.schedulers import Scheduler, Split
 from hybrimoe.policy.timeline import Timeline
 from hybrimoe.simulation.foreign import read_trace
-from hybrimoe.simulation.oracle import perfect_forecasts
 from hybrimoe.simulation.synthesis import synthesise
 from markdown import table
+from oracle import perfect_forecasts
 from policies import DEFAULT, Half, decode_s, halves, mixtral
 
 RESIDENCY = (0.25, 0.5, 0.75)

@@ -7,6 +7,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
+import figures
 from hybrimoe.errors import ConfigError
 from hybrimoe.simulation import plots
 from hybrimoe.simulation.foreign import read_trace
@@ -25,7 +26,7 @@ def texts(figure) -> set[str]:
 
 
 def test_a_layers_timeline_has_three_lanes_and_names_its_experts(result):
-    figure = plots.draw_layer(result.spans, 12, 5)
+    figure = figures.draw_layer(result.spans, 12, 5)
     axes = figure.axes[0]
 
     assert [label.get_text() for label in axes.get_yticklabels()] == ["CPU", "link", "GPU"]
@@ -38,9 +39,9 @@ def test_a_layers_timeline_has_three_lanes_and_names_its_experts(result):
 
 def test_a_timeline_of_nothing_is_refused(result):
     with pytest.raises(ConfigError, match="no layer 99"):
-        plots.draw_layer(result.spans, 99)
+        figures.draw_layer(result.spans, 99)
     with pytest.raises(ConfigError, match="step 7"):
-        plots.draw_layer(result.spans, 0, 7)
+        figures.draw_layer(result.spans, 0, 7)
 
 
 @pytest.mark.parametrize("ending", ["png", "svg", "pdf"])
@@ -58,8 +59,8 @@ def test_an_unknown_kind_of_file_is_refused(result, tmp_path):
 
 def test_axes_have_units():
     heat = plots.draw_heatmap(np.full((3, 8), 0.125), "m").axes
-    hits = plots.draw_hit_rates([0.25, 0.5], {"Belady": [0.8, 0.9], "LRU": [0.6, 0.8]}).axes[0]
-    beside = plots.draw_beside(["a", "b"], [1.0, 2.0], [1.1, 2.0], "seconds").axes[0]
+    hits = figures.draw_hit_rates([0.25, 0.5], {"Belady": [0.8, 0.9], "LRU": [0.6, 0.8]}).axes[0]
+    beside = figures.draw_beside(["a", "b"], [1.0, 2.0], [1.1, 2.0], "seconds").axes[0]
 
     assert heat[1].get_ylabel().startswith("% of the layer's tokens")
     assert (hits.get_xlabel(), hits.get_ylabel()) == ("resident experts, % of all", "hit rate, %")

@@ -9,9 +9,9 @@ from hybrimoe.policy.plan import validate
 from hybrimoe.policy.routing import Load
 from hybrimoe.policy.schedulers import DALI, Hybrid, Scheduler, Split
 from hybrimoe.policy.timeline import Timeline
-from hybrimoe.simulation.oracle import Exact, perfect_forecasts
 from hybrimoe.simulation.synthesis import synthesise
 from hybrimoe.simulation.trace import RoutingTrace
+from oracle import Exact, perfect_forecasts
 
 
 def test_perfect_forecasts_name_what_is_activated(cut: RoutingTrace) -> None:

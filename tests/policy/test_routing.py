@@ -6,10 +6,11 @@ import pytest
 from hybrimoe.errors import TraceError
 from hybrimoe.policy.routing import Forecast
 from hybrimoe.policy.timeline import Array
-from hybrimoe.simulation.foreign import from_decode, from_fractions, read_trace
+from hybrimoe.simulation.foreign import from_decode, read_trace
 from hybrimoe.simulation.recorder import TraceRecorder, merge
 from hybrimoe.simulation.statistics import statistics
 from hybrimoe.simulation.trace import RoutingTrace
+from shares import from_fractions
 
 
 def record(seed: int = 0, experts: int = 8, steps: int = 4, depth: int = 0) -> RoutingTrace:

@@ -17,12 +17,12 @@ from hybrimoe.policy.rankings import LRU, MRS, NextToken
 from hybrimoe.policy.routing import Load
 from hybrimoe.policy.schedulers import CpuOnly, OnDemand, Scheduler, Static
 from hybrimoe.policy.timeline import Array, Lane, Timeline
-from hybrimoe.simulation.foreign import from_fractions
-from hybrimoe.simulation.oracle import perfect_forecasts
 from hybrimoe.simulation.simulator import Result, simulate
 from hybrimoe.simulation.synthesis import synthesise
 from hybrimoe.simulation.trace import RoutingTrace
 from hybrimoe.sizes import expert_budget
+from oracle import perfect_forecasts
+from shares import from_fractions
 
 GOLDEN = {
     "hybrimoe": (0.012305140013137381, 0.6206597222222222, 20.683333333333334),
