@@ -264,7 +264,7 @@ def test_without_waiting_for_reads_the_output_would_be_another(tier, monkeypatch
 
 def test_where_all_slots_are_lent_room_is_asked_for(tier):
     found, disk = tier(2)
-    lent = [found.borrow(0, 0)[1], found.lend(0, 1)[1]]
+    lent = [found.borrow(0, 0)[1], found.borrow(0, 1)[1]]
     with pytest.raises(PolicyError, match="all 2 slots"):
         found.run(make_job(disk, 1, [[2, 3]]))
 

@@ -198,11 +198,11 @@ def test_a_failure_in_any_layer_undoes_all_layers(model, monkeypatch, layer, mom
         hybrimoe.wrap(model)
 
 
-def test_a_failure_while_installing_undoes_all_layers(model, monkeypatch):
-    install = experts_module.PooledExperts.install
+def test_a_failure_while_attaching_undoes_all_layers(model, monkeypatch):
+    attach = experts_module.PooledExperts.attach
 
     def failing(self):
-        install(self)
+        attach(self)
         if self.index == 5:
             raise KeyboardInterrupt
 
