@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -10,6 +12,8 @@ import torch
 from torch import nn
 
 import hybrimoe
+from adapted import bare, bits, same
+from hybrimoe.errors import WrappedModelError
 from paths import TINY_MOE
 from test_wrap import generate
 
@@ -56,6 +60,36 @@ def test_threads_that_launch_at_once_get_what_they_get_alone(model32: nn.Module)
         for _ in range(3):
             got = list(pool.map(lambda call: call[0](*call[1:]), calls))
             assert all(torch.equal(a, b) for a, b in zip(got, wanted))
+
+
+@pytest.mark.parametrize("settings", [{}, {"ram": 0.6}])
+def test_unwrap_waits_for_the_layer_that_another_thread_computes(monkeypatch, settings):
+    model, plain = bare(), bare()
+    first = plain.model.layers[0].mlp.experts
+    hybrimoe.wrap(model, device="emulated", vram=0.3, **settings)
+    memory, layer = model.hybrimoe.hybrid.memory, model.hybrimoe.layers[0]
+    args = torch.randn(3, 64), torch.tensor([[0, 1], [2, 3], [4, 5]]), torch.rand(3, 2)
+    inside, go_on, run = threading.Event(), threading.Event(), memory.run
+
+    def slow(*given):
+        inside.set()
+        assert go_on.wait(60)
+        return run(*given)
+
+    monkeypatch.setattr(memory, "run", slow)
+    with ThreadPoolExecutor(2) as pool:
+        computed = pool.submit(layer, *args)
+        assert inside.wait(60)
+        unwrapped = pool.submit(hybrimoe.unwrap, model)
+        time.sleep(0.2)
+        early = unwrapped.done()
+        go_on.set()
+        assert not early
+        torch.testing.assert_close(computed.result(60), first(*args), rtol=1e-4, atol=1e-5)
+        unwrapped.result(60)
+    assert same(bits(model), bits(plain))
+    with pytest.raises(WrappedModelError, match="while this pass ran"):
+        layer(*args)
 
 
 LOAD = """

@@ -189,6 +189,19 @@ def test_positions_alone_tell_sequences_apart(model, axes):
         assert read_pass(model, (), alone) == wanted
 
 
+@pytest.mark.parametrize("fill", [0, 1, 7])
+def test_positions_of_padding_mean_nothing(model, fill):
+    """Of one left-padded row without a cache; callers fill in what they like."""
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1]])
+    positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, fill)
+    given = {"input_ids": torch.ones_like(mask), "attention_mask": mask, "position_ids": positions}
+    assert read_pass(model, (), given) == Pass(6, is_decode=False, is_new=True)
+    elsewhere = {**given, "position_ids": positions + 9}
+    assert read_pass(model, (), elsewhere) == Pass(6, is_decode=True, is_new=False)
+    nothing = {**given, "attention_mask": torch.zeros_like(mask)}
+    assert read_pass(model, (), nothing) == Pass(6, is_decode=False, is_new=True)
+
+
 def test_continuous_batching_of_transformers(model, seen):
     settings = GenerationConfig(
         max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0

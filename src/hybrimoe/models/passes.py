@@ -76,6 +76,7 @@ def _parts(given: Mapping[str, Any], batch: int, length: int) -> Iterable[_Part]
         return _flattened(ends, given.get(SEQUENCE_ENDS[1]), row)
     cache = cache_in(given)
     if cache is None and row is not None:
+        row = _without_padding(row, given.get("attention_mask"))
         return _by_positions(row.tolist())  # sync: once per pass without a cache
     return [_Part(length, _has_past(cache))] * batch
 
@@ -93,11 +94,20 @@ def _flattened(ends: Tensor, key_ends: Any, positions: Tensor | None) -> list[_P
     return [_Part(n, last - first > n) for n, first, last in zip(tokens, keys, keys[1:])]
 
 
+def _without_padding(positions: Tensor, mask: Any) -> Tensor:
+    """The positions of what the mask [1, past and tokens] keeps: those of padding mean nothing."""
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] < len(positions):
+        return positions
+    return positions[mask[0, -len(positions) :].to(positions.device) != 0]
+
+
 def _by_positions(positions: list[int]) -> Iterable[_Part]:
     """Sequences in one row without a cache: a new one begins wherever positions do not count on.
 
     Who keeps the past elsewhere says so by a first position beyond 0.
     """
+    if not positions:
+        return
     starts = [0, *(n for n in range(1, len(positions)) if positions[n] != positions[n - 1] + 1)]
     for start, end in zip(starts, [*starts[1:], len(positions)]):
         yield _Part(end - start, positions[start] > 0)

@@ -131,11 +131,15 @@ class PackedLinear(PackedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N] in x's dtype."""
-        if torch.is_grad_enabled() and x.requires_grad:
-            return cast(Tensor, _Differentiable.apply(self, x))
         if torch.compiler.is_compiling():
             return opaque.linear(x, self.number, self.out_features)
+        if torch.is_grad_enabled() and x.requires_grad:
+            return cast(Tensor, _Differentiable.apply(self, x))
         return self.compute(x)
+
+    def gradients(self, grad: Tensor) -> Tensor:
+        """Of the input, by the unpacked weight."""
+        return grad @ self.unpacked().to(grad.dtype)
 
     def compute(self, x: Tensor) -> Tensor:
         """`forward` without gradients."""
@@ -181,7 +185,7 @@ class PackedLinear(PackedModule):
 
 
 class _Differentiable(torch.autograd.Function):
-    """Forward by the kernel; the gradient of the input by the unpacked weight. The weight is frozen."""
+    """Forward by the kernel, backward by `PackedLinear.gradients`. The weight is frozen."""
 
     @staticmethod
     def forward(ctx: Any, layer: PackedLinear, x: Tensor) -> Tensor:
@@ -190,7 +194,7 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
-        return None, grads[0] @ ctx.layer.unpacked().to(grads[0].dtype)
+        return None, ctx.layer.gradients(grads[0])
 
 
 def pack_matrix(fmt: str, linear: nn.Linear) -> PackedMatrix:

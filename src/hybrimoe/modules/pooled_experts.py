@@ -19,6 +19,7 @@ from hybrimoe.models.spec import ExpertSpec
 from hybrimoe.models.weights import ExpertWeights
 from hybrimoe.modules import compile_ops as opaque
 from hybrimoe.modules.frozen import refuse_training
+from hybrimoe.modules.gradients import Differentiable, differentiate_apart
 from hybrimoe.modules.lora import Folding, LayerAdapters
 from hybrimoe.modules.replacement import PackedModule
 from hybrimoe.modules.shared_experts import EarlyExperts
@@ -141,30 +142,53 @@ class PooledExperts(PackedModule):
     def reference(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The original's own arithmetic in float32 on the stored weights; needs one layer of memory."""
         tensors = {name: tensor.float() for name, tensor in self.unpacked().items()}
-        return self._call_original(tensors, hidden.float(), ids, weights.float())
+        return self.call_original(tensors, hidden.float(), ids, weights.float())
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [T, D], top_k_index [T, K], top_k_weights [T, K] -> [T, D]."""
-        if torch.is_grad_enabled():
-            trained = () if torch.compiler.is_compiling() else self.adapters.trained()
-            if trained or hidden_states.requires_grad or top_k_weights.requires_grad:
-                if self.training and not torch.compiler.is_compiling():
-                    self.watch(self.name, self.index, bool(trained))
-                args = hidden_states, top_k_index, top_k_weights
-                out: Tensor = _Differentiable.apply(self, *args, *trained)
-                return out
+        args = hidden_states, top_k_index, top_k_weights
         if torch.compiler.is_compiling():
-            return opaque.experts(hidden_states, top_k_index, top_k_weights, self.number)
-        return self.compute(hidden_states, top_k_index, top_k_weights)
+            learns = self.training and torch.is_grad_enabled()
+            return opaque.experts(*args, self.number, learns)
+        if torch.is_grad_enabled():
+            trained = self.adapters.trained()
+            if trained or hidden_states.requires_grad or top_k_weights.requires_grad:
+                if self.training:
+                    self.watch(self.name, self.index, bool(trained))
+                out: Tensor = Differentiable.apply(self, *args, *trained)
+                return out
+        return self.compute(*args)
+
+    def compiled(self, hidden: Tensor, ids: Tensor, weights: Tensor, learns: bool) -> Tensor:
+        """`compute`, called from a compiled graph; learns: while it trains, with gradients."""
+        if learns:
+            self.watch(self.name, self.index, bool(self.adapters.trained()))
+        return self.compute(hidden, ids, weights)
+
+    def gradients(
+        self, grad: Tensor, hidden: Tensor, ids: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Of hidden states and routing weights, with the adapters that are active now.
+
+        A compiled graph keeps tensors only between its two ways, so it cannot say which were.
+        """
+        if self.adapters.trained():
+            refuse_training(self.name)
+        self._follow()
+        return differentiate_apart(self, self.adapters.folded, grad, hidden, ids, weights)
 
     def compute(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """`forward` without gradients; RoutingError before anything has changed."""
-        if self.adapters.is_stale() and self.folding is not None:
-            self.folding.follow()
+        self._follow()
         try:
             return self._routed(hidden, ids, weights)
         except BlankPairsError:
             return without_blanks(self._routed, self.packed.experts, hidden, ids, weights)
+
+    def _follow(self) -> None:
+        """Have the pool hold the deltas of the adapters that are active now."""
+        if self.adapters.is_stale() and self.folding is not None:
+            self.folding.follow()
 
     def _routed(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """`compute` where every pair names an expert."""
@@ -221,9 +245,10 @@ class PooledExperts(PackedModule):
         with self.borrowing, _Borrowed(self.original, tensors):
             return self.found.views()
 
-    def _call_original(
+    def call_original(
         self, tensors: dict[str, Tensor], hidden: Tensor, ids: Tensor, weights: Tensor
     ) -> Tensor:
+        """The original's own arithmetic on these weights."""
         blank = ids == self.packed.experts  # not every implementation leaves these out
         ids, weights = ids.masked_fill(blank, 0), weights.masked_fill(blank, 0)
         with self.borrowing, _Borrowed(self.original, tensors):
@@ -287,38 +312,6 @@ class _Borrowed:
         for name, parameter in self.parameters.items():
             parameter.data = self.saved[name]
             parameter.requires_grad_(self.wanted_grad[name])
-
-
-class _Differentiable(torch.autograd.Function):
-    """Forward by the kernels; gradients of inputs by the original arithmetic on unpacked weights.
-
-    Experts themselves are frozen: they have no parameters here, so none gets a silent zero.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, layer: PooledExperts, hidden: Tensor, ids: Tensor, weights: Tensor, *_: Tensor
-    ) -> Tensor:
-        ctx.layer = layer
-        ctx.save_for_backward(hidden, ids, weights)
-        out = layer.compute(hidden, ids, weights)
-        ctx.folded = layer.adapters.folded
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if any(ctx.needs_input_grad[4:]):
-            refuse_training(ctx.layer.name)
-        hidden, ids, weights = ctx.saved_tensors
-        hidden = hidden.detach().requires_grad_()
-        weights = weights.detach().requires_grad_()
-        with torch.enable_grad():
-            tensors = ctx.layer.adapters.as_in(ctx.folded)
-            if hidden.dtype != ctx.layer.dtype:
-                tensors = {name: tensor.to(hidden.dtype) for name, tensor in tensors.items()}
-            out = ctx.layer._call_original(tensors, hidden, ids, weights)
-            to_hidden, to_weights = torch.autograd.grad(out, (hidden, weights), grads[0])
-        return None, to_hidden, None, to_weights
 
 
 def pack_layer(spec: ExpertSpec, weights: str, described: ExpertWeights) -> PackedLayer:

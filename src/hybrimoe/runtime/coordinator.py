@@ -66,6 +66,7 @@ class Hybrid:
     ) -> None:
         self.pool, self.accelerator, self.is_closed = pool, accelerator, False
         self.probes: list[RouterProbe] = []  # whose routers to read, one per layer
+        self.lock = threading.Lock()  # the engine's books are shared by all callers
         self.policies = policies = config.policies()
         layers = [layer for layer in pool.layers if layer]
         sizes = np.array([layer.experts for layer in layers])
@@ -106,7 +107,6 @@ class Hybrid:
         self.inputs = LayerInputs(accelerator, sizes.tolist())
         self.passing: Pass | None = None  # the pass of the whole model that runs, if one does
         self._took = math.inf  # predicted seconds of the layer before
-        self.lock = threading.Lock()  # the engine's books are shared by all callers
 
     def forward(
         self,
@@ -119,12 +119,8 @@ class Hybrid:
         inputs: hidden states [T, D], ids [T, K] and weights [T, K]. early: launches what else may
         run while the CPU has its share.
         """
-        if self.is_closed:
-            raise WrappedModelError(
-                "the accelerator was given back by an hybrimoe.unwrap that could not restore all "
-                "experts; call it again"
-            )
         with self.lock:
+            self._ensure_open()
             executor = self.executor
             taken = self.memory.within(lambda: self.inputs.take(layer, inputs, self._depth(layer)))
             # Outside `within`: a call that is refused has touched no slot.
@@ -139,6 +135,13 @@ class Hybrid:
             finally:
                 executor.call = executor.out = None
 
+    def _ensure_open(self) -> None:
+        if self.is_closed:
+            raise WrappedModelError(
+                "the accelerator was given back by an hybrimoe.unwrap while this pass ran, or by one "
+                "that could not restore all experts; call it again"
+            )
+
     def _depth(self, layer: int) -> int:
         """Layers to forecast: none if no copy would follow, because all is there or in the way."""
         engine, timeline = self.engine, self.engine.timeline
@@ -151,7 +154,8 @@ class Hybrid:
         """A forward pass of the whole model starts: what it has grown by may need room."""
         with self.lock:
             self.passing = passing
-            self.memory.relieve()
+            if not self.is_closed:
+                self.memory.relieve()
 
     def end(self) -> None:
         """A forward pass of the whole model is over."""
@@ -254,20 +258,23 @@ class Hybrid:
         self.inputs.watch(self.probes)
 
     def detach(self, attempts: Attempts) -> None:
-        """Read no router any more, and `close`."""
-        self.inputs.detach(attempts)
+        """`close`, and read no router any more; in this order, as a layer may still run."""
         self.close(attempts)
+        self.inputs.detach(attempts)
 
     def close(self, attempts: Attempts | None = None) -> None:
         """Let go of the memory of both sides; the host's is about to be freed.
 
-        attempts: takes what the device says against it, which nobody hears of otherwise.
+        A layer that another thread computes is waited for. attempts: takes what the device says
+        against it, which nobody hears of otherwise.
         """
-        attempts, self.is_closed = attempts or Attempts(), True
-        if attempts.let_go(self.accelerator.synchronize):  # background copies still read it
-            attempts.let_go(self.accelerator.allocate, 0, 0)
-        while self.pinned.nbytes:
-            attempts.let_go(self.pinned.unpin)
+        attempts = attempts or Attempts()
+        with self.lock:
+            self.is_closed = True
+            if attempts.let_go(self.accelerator.synchronize):  # background copies still read it
+                attempts.let_go(self.accelerator.allocate, 0, 0)
+            while self.pinned.nbytes:
+                attempts.let_go(self.pinned.unpin)
 
     def _bound_share(self) -> float | None:
         """How close decode comes to reading its weights at full speed, where times mean anything."""
