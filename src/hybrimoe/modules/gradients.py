@@ -16,7 +16,6 @@ class FrozenLayer(Protocol):
     """What of `PooledExperts` its gradients need."""
 
     name: str
-    dtype: torch.dtype
     adapters: LayerAdapters
 
     def compute(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -64,8 +63,7 @@ def differentiate(
     hidden, weights = hidden.detach().requires_grad_(), weights.detach().requires_grad_()
     with torch.enable_grad():
         tensors = layer.adapters.as_in(folded)
-        if hidden.dtype != layer.dtype:
-            tensors = {name: tensor.to(hidden.dtype) for name, tensor in tensors.items()}
+        tensors = {name: tensor.to(hidden) for name, tensor in tensors.items()}  # dtype and device
         out = layer.call_original(tensors, hidden, ids, weights)
         to_hidden, to_weights = torch.autograd.grad(out, (hidden, weights), grad)
     return to_hidden, to_weights
