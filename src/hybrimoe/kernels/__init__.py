@@ -1,1 +1,1 @@
-"""Compute experts: numba SIMD on the CPU. Arrays in, arrays out."""
+"""Compute experts: numba SIMD on the CPU, Triton or torch on a GPU. Arrays in, arrays out."""

@@ -1,1 +1,1 @@
-"""Carry a plan out: memory, devices, streams and the transformers seam."""
+"""Carry a plan out: the pool, devices and their streams, the disk, and who keeps them in step."""

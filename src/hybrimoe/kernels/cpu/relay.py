@@ -2,7 +2,7 @@
 
 A ggml matrix is rows of blocks: 32 or 256 numbers of one row, with their scales. A blob interleaves
 16 rows. Q4_0 (as int4 or int8), Q5_0, Q8_0 and IQ4_NL (as int8) keep their integers and their scale;
-K types have blob formats of their own, which `ggml_k.py` fills. What comes as float32 is rounded to
+K types have blob formats of their own, which `relay_k.py` fills. What comes as float32 is rounded to
 int8 groups, and what that adds is measured.
 """
 

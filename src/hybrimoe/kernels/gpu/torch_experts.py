@@ -1,6 +1,6 @@
 """Experts on any torch device from the packed blobs, by torch operations alone.
 
-The complete fallback where Triton is missing, by the contract of `torch_pairs`: a few slots at a
+The complete fallback where Triton is missing, by the contract of `pairs`: a few slots at a
 time are unpacked by views and one permute, then multiplied as one batch. Sums are taken slot by
 slot, and no slot sees a token twice, so every run gives the same bits. Made to be right everywhere;
 its speed is unmeasured.
@@ -49,7 +49,7 @@ class Layer(NamedTuple):
 
 
 def run(slots: Slots, pairs: Pairs, x: Tensor, out: Tensor, put: Put) -> None:
-    """out[token] += weight * expert(x[token]) for all pairs: see `torch_pairs`."""
+    """out[token] += weight * expert(x[token]) for all pairs: see `pairs`."""
     if not len(pairs.token):
         return
     order, runs = by_slot(pairs)

@@ -1,7 +1,7 @@
-"""Experts on a GPU from the packed blobs, by Triton; the contract is that of `torch_pairs`.
+"""Experts on a GPU from the packed blobs, by Triton; the contract is that of `pairs`.
 
-Few pairs (decode) take the two launches of `triton_pairs`, whatever the number of experts; many
-(prefill) take the tiles of `triton_tiles` and one more. Written for Ampere and later, compiled for
+Few pairs (decode) take the two launches of `triton_decode`, whatever the number of experts; many
+(prefill) take the tiles of `triton_prefill` and one more. Written for Ampere and later, compiled for
 sm_80, sm_89 and sm_90 and checked in Triton's interpreter; speed is unmeasured, and `TILES` and the
 constants beside it are estimates. Layers of formats that `is_read` denies, such as K types, run
 by `torch_experts`, which dequantizes them.
@@ -53,7 +53,7 @@ def available() -> bool:
 def run(
     slots: Slots, pairs: Pairs, x: Tensor, out: Tensor, put: Put, tiled: bool | None = None
 ) -> None:
-    """out[token] += weight * expert(x[token]) for all pairs: see `torch_pairs`.
+    """out[token] += weight * expert(x[token]) for all pairs: see `pairs`.
 
     tiled: which path to take; None decides by the number of pairs.
     """
