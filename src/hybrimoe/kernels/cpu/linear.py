@@ -1,7 +1,7 @@
 """A dense layer's matrix times a batch of tokens, by the loops that the experts use.
 
 The packed matrix is the down projection of an expert that has nothing else: one shard, no gate and
-no up rows. So `packing.py` packs it, and `rows` computes it.
+no up rows. So `pack.py` packs it, and `rows` computes it.
 """
 
 from __future__ import annotations
