@@ -220,8 +220,8 @@ def test_a_configuration_may_scale_where_the_file_says_nothing(tmp_path):
 
 def test_the_commands_say_it_in_one_line(capsys, tmp_path):
     path = write(tmp_path, qwen3(), expert_weights_scale=2.5) / "model.gguf"
-    for command in (["plan"], ["generate", "--prompt", "x"], ["bench"]):
-        assert main([command[0], str(path), *command[1:]]) == 1
+    for code, *command in ((1, "plan"), (2, "generate", "--prompt", "x"), (1, "bench")):
+        assert main([command[0], str(path), *command[1:]]) == code
         err = capsys.readouterr().err
         assert "expert_weights_scale = 2.5" in err or "no tokenizer" in err
         assert len(err.strip().splitlines()) == 1
