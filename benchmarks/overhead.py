@@ -26,8 +26,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from hybrimoe.calibration.pool_cost import cost_of
 from hybrimoe.config import Config
 from hybrimoe.kernels.cpu import run_layer as moe
+from hybrimoe.models.adapters import FoundExperts
+from hybrimoe.modules.lora import LayerAdapters
 from hybrimoe.modules.pooled_experts import PooledExperts
 from hybrimoe.policy.cache import Cache
 from hybrimoe.policy.engine import Engine
@@ -109,7 +112,13 @@ def layer_of(packed, pool: ExpertPool | None = None) -> PooledExperts:
         None,
     )
     layer.name, layer.hybrid, layer.early = "layer", None, None
+    layer.folding = layer.lookahead = None
     layer.index = layer.pool.add(packed)
+    holder = nn.Module()
+    holder.experts = layer
+    found = FoundExperts("layer", holder, "experts", layer, lambda module: module)
+    layer.__dict__["found"] = found
+    layer.adapters = LayerAdapters(layer, found)
     return layer
 
 
@@ -148,7 +157,8 @@ def hybrid(name: str, rounds: int) -> dict:
     """A layer of small experts shared with an emulated accelerator: its kernels take little."""
     pool, accelerator, trace = ExpertPool(), TimedAccelerator(), decode_trace(rounds)
     layers = [layer_of(random_layer("int4", E, 256, 128), pool) for _ in range(LAYERS)]
-    engine = Hybrid(pool, Config(device="emulated", vram=0.25, preset=name), accelerator, K)
+    config = Config(device="emulated", vram=0.25, preset=name)
+    engine = Hybrid(pool, config, accelerator, cost_of(pool, accelerator, None), K)
     timed, seconds = Timed(shared.run_layer), []
     shared.run_layer = timed
     hidden, weights = torch.randn(1, 256).bfloat16(), torch.full((1, K), 1 / K)
