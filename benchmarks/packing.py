@@ -14,8 +14,8 @@ import torch
 from hybrimoe.formats.gate import Gate
 from hybrimoe.formats.layout import expert_layout
 from hybrimoe.formats.registry import named
-from hybrimoe.kernels.cpu.relay import Q4_0, Q4_K, Q5_K, Q6_K, Q8_0, relay_experts
-from hybrimoe.kernels.cpu.relay_k import relay_k
+from hybrimoe.kernels.cpu.relay import Q4_0, Q8_0, relay_experts
+from hybrimoe.kernels.cpu.relay_k import Q4_K, Q5_K, Q6_K, relay_k
 from hybrimoe.models.weights import ExpertWeights, pack, unpack
 from hybrimoe.runtime.pages import allocate_blobs
 from hybrimoe.simd.threads import launch

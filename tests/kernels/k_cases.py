@@ -10,13 +10,13 @@ from kernel_cases import SILU
 from hybrimoe.formats.layout import expert_layout, split
 from hybrimoe.formats.registry import FORMATS, rounded
 from hybrimoe.kernels.cpu import relay as ggml
-from hybrimoe.kernels.cpu.relay_k import relay_k
+from hybrimoe.kernels.cpu import relay_k
 from hybrimoe.kernels.cpu.run_layer import PackedLayer
 
 K_TYPES = {name: fmt.ggml_type for name, fmt in FORMATS.items() if fmt.pack is None}
 QUANTIZED = rounded()
-BLOCK = {ggml.Q4_K: 144, ggml.Q5_K: 176, ggml.Q6_K: 210}
-HALVES = {ggml.Q4_K: (0, 2), ggml.Q5_K: (0, 2), ggml.Q6_K: (208,)}
+BLOCK = {relay_k.Q4_K: 144, relay_k.Q5_K: 176, relay_k.Q6_K: 210}
+HALVES = {relay_k.Q4_K: (0, 2), relay_k.Q5_K: (0, 2), relay_k.Q6_K: (208,)}
 """Where the float16 scales of a block lie."""
 
 
@@ -39,7 +39,7 @@ def read_with_gguf(kind, raw, *shape):
 def relay(kind, raw, layout, blobs, matrix, size, threads=2):
     """One matrix of all experts into blobs; returns the counters."""
     work = np.zeros(8, np.int64)
-    relay_k(kind, threads, layout, matrix, size, raw.reshape(-1), blobs, work)
+    relay_k.relay_k(kind, threads, layout, matrix, size, raw.reshape(-1), blobs, work)
     return work
 
 

@@ -12,6 +12,7 @@ from kernel_cases import QUANTIZED, expected, make_batch, nmse, run, share_all_w
 from hybrimoe.formats.gate import Gate
 from hybrimoe.formats.layout import expert_layout
 from hybrimoe.kernels.cpu import relay as ggml
+from hybrimoe.kernels.cpu import relay_k
 from hybrimoe.models import weights as formats
 from hybrimoe.models.weights import ExpertWeights
 from hybrimoe.simd.isa import HOST_ISA, ISAS, runs_here
@@ -99,7 +100,7 @@ def test_the_largest_integers_do_not_overflow():
     for fmt, kind in K_TYPES.items():
         layout = expert_layout(fmt, 256, 256, True, False)
         raw = np.full((256, BLOCK[kind]), 0xFF, np.uint8)
-        if kind == ggml.Q6_K:
+        if kind == relay_k.Q6_K:
             raw[:, 192:208] = 0x80
         for at in HALVES[kind]:
             raw[:, at : at + 2] = np.frombuffer(np.float16(1e-4).tobytes(), np.uint8)

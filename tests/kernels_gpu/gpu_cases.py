@@ -4,13 +4,13 @@ import functools
 from typing import NamedTuple
 
 import numpy as np
+import reference
 import torch
 
 from hybrimoe.calibration.random_experts import fill_random
 from hybrimoe.formats.gate import NAMES, SOFTCAP, Gate
 from hybrimoe.formats.layout import expert_layout, only_files_bring
 from hybrimoe.kernels.gpu.pairs import Pairs, Slots
-from hybrimoe.models.gates import evaluate_gate
 from hybrimoe.models.weights import ExpertWeights, pack, unpack
 
 FORMATS = ("int4", "int8", "bfloat16", "float16", "float32")
@@ -143,7 +143,8 @@ def expected(case: Case, layer: Layer, batch: Batch) -> torch.Tensor:
         if case.bias:
             up += stored.up_bias[s]
         second = up[1] if case.gated else torch.ones_like(up[0])
-        h = evaluate_gate(GATES[case.gate], up[0], second)
+        gate = GATES[case.gate]
+        h = torch.from_numpy(reference.apply_gate(gate, up[0].numpy(), second.numpy()))
         y = stored.down[s].double()[:, part] @ h[part]
         if case.bias and low == 0 < high:
             y += stored.down_bias[s]

@@ -26,18 +26,14 @@ def weights(text: str) -> str:
     """A choice of `Config.weights`; which there are is only looked up if one is given."""
     from hybrimoe.formats.registry import choices
 
-    if text not in choices():
-        raise argparse.ArgumentTypeError(f"must be one of {', '.join(choices())}, got {text!r}")
-    return text
+    return _one_of(text, choices())
 
 
 def linear(text: str) -> str:
     """A choice of `Config.linear`."""
     from hybrimoe.formats.registry import rounded
 
-    if text not in rounded():
-        raise argparse.ArgumentTypeError(f"must be one of {', '.join(rounded())}, got {text!r}")
-    return text
+    return _one_of(text, rounded())
 
 
 def size(name: str) -> Any:
@@ -88,3 +84,9 @@ def ensure_readable(path: Path, argument: str) -> None:
         raise ConfigError(f"{argument} must be a file, {str(path)!r} is a folder")
     if not path.exists():
         raise ConfigError(f"{argument} must be a file that exists, no file {str(path)!r}")
+
+
+def _one_of(text: str, allowed: tuple[str, ...]) -> str:
+    if text not in allowed:
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(allowed)}, got {text!r}")
+    return text

@@ -24,6 +24,8 @@ BOOKS_BYTES = 2 << 10
 """What Python keeps of one stored tensor while it loads: names, places, shapes."""
 KV_TOKEN = 256 << 10
 """Bytes of KV cache per token where nothing tells; Mixtral 8x7B has half."""
+STAGING_BYTES = 8 << 20
+"""Weights that are read before they are packed: few enough to stay in the cache."""
 NO_PASS = ForwardMemory(0, 0, True, 0)
 
 
@@ -177,7 +179,3 @@ def _looked_up(model: Any) -> list[Tensor]:
     head = getattr(tied, "weight", None)
     tables = (m.weight for m in model.modules() if isinstance(m, nn.Embedding))
     return [table for table in tables if table is not head]
-
-
-STAGING_BYTES = 8 << 20
-"""Weights that are read before they are packed: few enough to stay in the cache."""

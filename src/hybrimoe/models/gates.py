@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from hybrimoe.errors import UnsupportedModelError
 from hybrimoe.formats.gate import NAMES, SOFTCAP, Gate
+from hybrimoe.kernels.gpu.torch_experts import apply_gate
 
 ALPHAS, LIMITS = ("alpha", "swiglu_alpha"), ("limit", "swiglu_limit")
 
@@ -28,7 +28,7 @@ def find_gate(module: Any) -> Gate:
     else:
         wanted = module._apply_gate(torch.stack([gate, up], 1).reshape(-1))
     for candidate in _candidates(module):
-        if torch.allclose(evaluate_gate(candidate, gate, up), wanted.float(), rtol=1e-4, atol=1e-4):
+        if torch.allclose(apply_gate(candidate, gate, up), wanted.float(), rtol=1e-4, atol=1e-4):
             kind, *numbers = candidate
             return Gate(kind, *map(float, numbers))  # an int would compile the kernels anew
     raise UnsupportedModelError(
@@ -59,19 +59,3 @@ def _candidates(module: Any) -> Iterator[Gate]:
 def _numbers(module: Any, names: tuple[str, ...]) -> list[float]:
     values = [getattr(module, name, None) for name in names]
     return [float(value) for value in values if isinstance(value, (int, float))]
-
-
-def evaluate_gate(gate: Gate, g: Tensor, u: Tensor) -> Tensor:
-    """`Gate` in torch, the reference for probing and for the GPU path without Triton."""
-    if gate.kind == SOFTCAP:
-        capped = gate.alpha * torch.tanh(g / gate.alpha) * torch.sigmoid(g)
-        return capped * gate.limit * torch.tanh(u / gate.limit)
-    g, u = g.clamp(max=gate.limit), u.clamp(-gate.limit, gate.limit) + gate.offset
-    acts: tuple[Callable[[Tensor], Tensor], ...] = (
-        lambda x: x * torch.sigmoid(gate.alpha * x),
-        nn.functional.gelu,
-        lambda x: nn.functional.gelu(x, approximate="tanh"),
-        nn.functional.relu,
-        lambda x: nn.functional.relu(x).square(),
-    )
-    return acts[gate.kind](g) * u

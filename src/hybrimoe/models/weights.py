@@ -23,6 +23,25 @@ NATIVE = {getattr(torch, fmt.codes): fmt.name for fmt in FORMATS.values() if fmt
 """Formats that keep every bit, by the dtype they keep."""
 
 
+@dataclass(frozen=True)
+class ExpertWeights:
+    """Views on the weights of one layer's experts; strides say how they are really stored.
+
+    up: [E, M, F, D], M = 2 for gate and up, 1 without a gate. down: [E, D, F].
+    up_bias: [E, M, F] or None; down_bias: [E, D] or None.
+    gate: the formula between the projections. post_norm: applied to each expert's output, if any.
+    parameters: the module's own parameter names behind these views, in the order up, down, biases.
+    """
+
+    up: Tensor
+    down: Tensor
+    gate: Gate
+    up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+    post_norm: nn.Module | None = None
+    parameters: tuple[str, ...] = field(default=("gate_up_proj", "down_proj"))
+
+
 def bits(tensor: torch.Tensor) -> np.ndarray:
     """A contiguous tensor of the host as kernels take it: bfloat16 and float16 as uint16."""
     halves = tensor.dtype in (torch.bfloat16, torch.float16)
@@ -168,22 +187,3 @@ def _flat(tensor: torch.Tensor) -> np.ndarray:
     """All of a tensor's storage from its first element on, as one numpy array (uint16 for halves)."""
     size = tensor.untyped_storage().nbytes() // tensor.element_size() - tensor.storage_offset()
     return bits(tensor.detach().as_strided((size,), (1,)))
-
-
-@dataclass(frozen=True)
-class ExpertWeights:
-    """Views on the weights of one layer's experts; strides say how they are really stored.
-
-    up: [E, M, F, D], M = 2 for gate and up, 1 without a gate. down: [E, D, F].
-    up_bias: [E, M, F] or None; down_bias: [E, D] or None.
-    gate: the formula between the projections. post_norm: applied to each expert's output, if any.
-    parameters: the module's own parameter names behind these views, in the order up, down, biases.
-    """
-
-    up: Tensor
-    down: Tensor
-    gate: Gate
-    up_bias: Tensor | None = None
-    down_bias: Tensor | None = None
-    post_norm: nn.Module | None = None
-    parameters: tuple[str, ...] = field(default=("gate_up_proj", "down_proj"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -29,13 +30,13 @@ class PackedModule(nn.Module):
     packed_numbers: int
     packed_names: tuple[str, ...]
 
+    @abstractmethod
     def attach(self) -> None:
         """Take the original's place in its parent."""
-        raise NotImplementedError
 
+    @abstractmethod
     def restore(self) -> None:
         """Undo `attach`: the original's weights back into it, and itself into the model."""
-        raise NotImplementedError
 
     def detach(self, attempts: Attempts) -> None:
         """`restore`, where it stands in the model."""

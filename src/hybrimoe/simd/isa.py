@@ -170,4 +170,4 @@ def runs_here(isa):
 
 
 HOST_ISA = detect_isa()
-ISA_TAGS = {name: Tag("isa", name) for name in ("avx512vnni", "avx2", "neon", "portable")}
+ISA_TAGS = {name: Tag("isa", name) for name in ISAS}

@@ -22,6 +22,13 @@ from torch import Tensor
 from hybrimoe.errors import CheckpointError
 from hybrimoe.files import read_at
 
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+"""Stored dtypes that experts can be packed from."""
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 CONVERT = (
@@ -263,15 +270,6 @@ def _with_variant(name: str, variant: str | None) -> str:
         return name
     # model.fp16.safetensors, model.safetensors.index.fp16.json
     return f"{stem}.{variant}{dot}{rest}" if name == WEIGHTS else f"{name[:-5]}.{variant}.json"
-
-
-DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
-"""Stored dtypes that experts can be packed from."""
 
 
 class Reader:

@@ -9,13 +9,14 @@ int8 groups, and what that adds is measured.
 import numpy as np
 
 from hybrimoe.formats.activations import HIGHEST
+from hybrimoe.formats.integer import Q4_0
 from hybrimoe.simd.dtypes import F16, narrow, widen
 from hybrimoe.simd.jit import inner, kernel
 from hybrimoe.simd.threads import fork_join
 from hybrimoe.simd.vectors import take
 
-Q4_0, Q5_0, Q8_0, Q4_K, Q5_K, Q6_K, IQ4_NL, F32 = 2, 6, 8, 12, 13, 14, 20, 0
-"""Types by their number in the file."""
+Q5_0, Q8_0, IQ4_NL, F32 = 6, 8, 20, 0
+"""Types by their number in the file; formats say which they take as they are."""
 BLOCK = {F32: 128, Q4_0: 18, Q5_0: 22, Q8_0: 34, IQ4_NL: 18}
 """Bytes of 32 numbers, of the types that `relay_experts` reads; F32 has no blocks."""
 _LEVELS = np.array(

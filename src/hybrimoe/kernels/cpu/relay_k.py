@@ -7,11 +7,13 @@ apart. Bits beyond the nibbles lie in a plane of their own, one group per bit of
 
 import numpy as np
 
-from hybrimoe.kernels.cpu.relay import Q4_K, Q5_K, Q6_K, move_scale, tile_of, word_at
+from hybrimoe.formats import k_types
+from hybrimoe.kernels.cpu.relay import move_scale, tile_of, word_at
 from hybrimoe.simd.jit import inlined, inner, kernel
 from hybrimoe.simd.threads import fork_join
 from hybrimoe.simd.vectors import take
 
+Q4_K, Q5_K, Q6_K = (fmt.ggml_type for fmt in (k_types.Q4_K, k_types.Q5_K, k_types.Q6_K))
 NIBBLES = np.uint32(0x0F0F0F0F)
 UPPER = np.uint32(0xF0F0F0F0)
 

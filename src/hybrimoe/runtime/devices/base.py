@@ -1,8 +1,7 @@
-"""What an accelerator must do for the executor, and an emulated one for machines without.
+"""What an accelerator must do for the executor.
 
 Two streams: copies into slots, and computation. An operation waits only for the events it names, so
-a forgotten wait is a race. On the emulated accelerator such a race really happens: operations run as
-late as they may, or early, in an order drawn from a seed.
+a forgotten wait is a race.
 """
 
 from __future__ import annotations

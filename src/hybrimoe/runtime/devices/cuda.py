@@ -28,6 +28,7 @@ class Work(NamedTuple):
 
 P = ParamSpec("P")
 R = TypeVar("R")
+Method = Callable[Concatenate["TorchAccelerator", P], R]
 
 
 def typed(method: Method[P, R]) -> Method[P, R]:
@@ -190,6 +191,3 @@ class TorchAccelerator:
         event = torch.cuda.Event(enable_timing=True)
         event.record(stream)
         return event
-
-
-Method = Callable[Concatenate["TorchAccelerator", P], R]

@@ -1,4 +1,8 @@
-"""An accelerator made of host memory and a thread: for machines without a GPU, and for faults."""
+"""An accelerator made of host memory and threads: for machines without a GPU, and for faults.
+
+A race between its streams really happens: operations run as late as they may, or early, in an order
+drawn from a seed.
+"""
 
 from __future__ import annotations
 
